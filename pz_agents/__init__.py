@@ -1,0 +1,1 @@
+"""Agents for text environments: language models, rollouts, algorithms, trainers, and an SDK."""

@@ -1,0 +1,13 @@
+"""Errors of this floor, beside those of ``pz_envs.errors``."""
+
+from __future__ import annotations
+
+from pz_envs.errors import PzError
+
+
+class AgentError(PzError):
+    """An agent could not be loaded or broke its contract."""
+
+
+class ModelError(PzError):
+    """A language model could not be loaded, or failed to answer."""

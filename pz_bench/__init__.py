@@ -1,0 +1,1 @@
+"""The algorithm x environment x model matrix: cells, runner, store, statistics, leaderboards."""

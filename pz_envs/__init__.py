@@ -1,0 +1,1 @@
+"""Text environments of LLM-agent research behind Gymnasium; importing registers ``pz/...`` ids."""
