@@ -12,10 +12,11 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import gymnasium
+import numpy as np
 
 from pz_envs.errors import EnvError
 from pz_envs.replies import parse_reply
@@ -162,6 +163,10 @@ class TextEnv(gymnasium.Env[str, str]):
         """Apply one parsed command; any text must be survived."""
         raise NotImplementedError
 
+    def _unreadable(self, last: Outcome, complaint: str) -> Outcome:
+        """Return what follows a reply without a command; by default nothing happened."""
+        return replace(last, observation=complaint, reward=0.0, terminated=False, valid=False)
+
     def _save(self) -> bytes:
         """Return the engine's whole state (families with ``can_snapshot``)."""
         raise EnvError(f"{self.family} cannot snapshot; use replay(actions)")
@@ -172,6 +177,10 @@ class TextEnv(gymnasium.Env[str, str]):
 
     def expert_action(self) -> str | None:
         """Return an expert's next command in the current state, or None where none is known."""
+        return None
+
+    def random_action(self, rng: np.random.Generator) -> str | None:
+        """Return a random well-formed action, in families whose actions are no list of commands."""
         return None
 
     # The Gymnasium surface.
@@ -201,14 +210,8 @@ class TextEnv(gymnasium.Env[str, str]):
         self._steps += 1
         reply = parse_reply(action, self.reply_tag, self.reply_format)
         if reply.command is None:
-            last = self._outcome
-            outcome = Outcome(
-                observation=f"Your reply could not be read: {reply.problem}.",
-                score=last.score,
-                success=last.success,
-                valid=False,
-                admissible_commands=last.admissible_commands,
-                extra=last.extra,
+            outcome = self._unreadable(
+                self._outcome, f"Your reply could not be read: {reply.problem}."
             )
         else:
             outcome = self._advance(reply.command)
@@ -216,7 +219,7 @@ class TextEnv(gymnasium.Env[str, str]):
         info = self._info(outcome, format_error=reply.problem is not None)
         return outcome.observation, float(outcome.reward), outcome.terminated, False, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Return the last observation in render mode ``ansi``."""
         if self.render_mode != "ansi" or self._outcome is None:
             return None
