@@ -1,10 +1,27 @@
-"""THE table: every family, its Gymnasium ids, data, extras and what its score means."""
+"""THE table: every family, its Gymnasium ids, data, extras and what its score means.
+
+A row is all that trainers, the benchmark and the command line know of an environment. Entry points
+are strings: neither this module nor registration imports an engine, and ``make_env`` imports only
+the one it makes. A row can be listed and yet not be playable here; ``missing`` says why.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import gymnasium
+
+from pz_envs.errors import ConfigError, did_you_mean
+from pz_envs.jericho.games import GAMES, MIT_ZORK1_MD5, find_game
+
+if TYPE_CHECKING:
+    from pz_envs.textenv import TextEnv
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +30,8 @@ class EnvRow:
 
     ``kwargs`` are what ``gym.make`` passes; ``train_kwargs`` and ``eval_kwargs`` are added by
     trainers and by the benchmark (disjoint splits). ``metric`` is the number a leaderboard shows.
+    ``dataset`` is None when no data are needed, ``extra`` when no package is. ``expert`` says that
+    there is one; it reaches success, or ``expert_score`` where that is not None.
     """
 
     id: str
@@ -26,3 +45,195 @@ class EnvRow:
     dataset: str | None = None
     extra: str | None = None
     expert: bool = True
+    expert_score: float | None = None
+
+
+# Games whose bundled walkthrough ends below the maximum (measured with jericho 3.3.1).
+_WALKTHROUGH_SCORES = {
+    "anchor": 99,
+    "balances": 50,
+    "curses": 450,
+    "lostpig": 6,
+    "murdac": 249,
+    "theatre": 47,
+    "yomomma": 34,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What all rows of a family share; ``score`` and ``success`` are definitions for reports."""
+
+    name: str
+    title: str
+    score: str
+    success: str
+    extra: str | None = None
+    dataset: str | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name="countdown",
+            title="Countdown number puzzles",
+            score="1 when an answer used every number once and made the target exactly, else 0.",
+            success="The answer uses every number exactly once and equals the target exactly.",
+            dataset="countdown",
+        ),
+        Family(
+            name="jericho",
+            title="Z-machine interactive fiction",
+            score="The game's own score counter; score_norm is clip(score / max_score, 0, 1).",
+            success="The maximum score is reached, or the game itself declares victory.",
+            extra="jericho",
+            dataset="jericho",
+        ),
+    )
+}
+"""Every family, by name."""
+
+
+@functools.cache
+def rows() -> tuple[EnvRow, ...]:
+    """Return every row: Countdown, then the games in order of their names."""
+    countdown = EnvRow(
+        id="pz/Countdown-v0",
+        family="countdown",
+        entry_point="pz_envs.countdown.env:CountdownEnv",
+        train_kwargs={"split": "train"},
+        eval_kwargs={"split": "test"},
+        max_turns=16,
+    )
+    games = (
+        EnvRow(
+            id=f"pz/{game.camel}-v0",
+            family="jericho",
+            entry_point="pz_envs.jericho.env:JerichoEnv",
+            kwargs={"game": game.name},
+            metric="score_norm",
+            dataset="jericho",
+            extra="jericho",
+            expert=game.has_walkthrough,
+            expert_score=_WALKTHROUGH_SCORES.get(game.name),
+        )
+        for game in GAMES
+    )
+    return (countdown, *games)
+
+
+def find(env_id: str) -> EnvRow:
+    """Return the row of an id; the form ``pz_envs:pz/Zork1-v0`` is understood too.
+
+    Raises:
+        ConfigError: no such id; the message names the nearest one.
+    """
+    wanted = env_id.removeprefix("pz_envs:")
+    table = _by_id()
+    if wanted not in table:
+        lowered = {key.lower(): key for key in table}
+        near = did_you_mean(wanted.lower(), lowered)
+        for low, key in lowered.items():
+            near = near.replace(f"`{low}`", f"`{key}`")
+        raise ConfigError(f"No environment `{env_id}`.{near} All ids: pz-envs list")
+    return table[wanted]
+
+
+def register_all() -> None:
+    """Register every row with Gymnasium; calling it again changes nothing.
+
+    Gymnasium's passive checker stays off: it expects bounded character sets, and ``check_env``
+    tests far more. No step limit is set.
+    """
+    for row in rows():
+        if row.id not in gymnasium.registry:
+            gymnasium.register(
+                row.id,
+                entry_point=row.entry_point,
+                kwargs=dict(row.kwargs),
+                disable_env_checker=True,
+            )
+
+
+def missing(row: EnvRow) -> str | None:
+    """Return None when ``row`` can be played now, else a sentence and the command that mends it.
+
+    Raises:
+        DataError: ``PZ_DATA`` names a folder that does not exist.
+    """
+    if row.extra is not None and importlib.util.find_spec(row.extra) is None:
+        return (
+            f"The package `{row.extra}` is not installed. "
+            f"Install it: pip install 'pz-envs[{row.extra}]'"
+        )
+    return _missing_story(row) if row.family == "jericho" else None
+
+
+def make_env(
+    env_id: str,
+    *,
+    split: Literal["train", "eval"] | None = None,
+    admissible_commands: bool | None = None,
+    **kwargs: Any,
+) -> TextEnv:
+    """Make a bare environment, without Gymnasium's wrappers, as rollouts want it.
+
+    Args:
+        env_id: an id in the table.
+        split: adds the row's ``train_kwargs`` or ``eval_kwargs``.
+        admissible_commands: whether info lists them; None leaves the family's default.
+        **kwargs: go to the constructor, over those of the row.
+
+    Raises:
+        ConfigError: no such id or split, or an argument that the family does not take.
+        DataError: a data file that the environment needs is not here.
+    """
+    row = find(env_id)
+    chosen = dict(row.kwargs)
+    if split is not None:
+        splits = {"train": row.train_kwargs, "eval": row.eval_kwargs}
+        if split not in splits:
+            raise ConfigError(f"make_env(split={split!r}): allowed are 'train', 'eval' and None")
+        chosen |= splits[split]
+    chosen |= kwargs
+    if admissible_commands is not None:
+        chosen["admissible_commands"] = admissible_commands
+    module, _, name = row.entry_point.partition(":")
+    make: type[TextEnv] = getattr(importlib.import_module(module), name)
+    allowed = [key for key in inspect.signature(make.__init__).parameters if key != "self"]
+    for key in chosen:
+        if key not in allowed:
+            raise ConfigError(
+                f"{row.id} takes no argument `{key}`.{did_you_mean(key, allowed)} "
+                f"Allowed: {', '.join(allowed)}"
+            )
+    return make(**chosen)
+
+
+@functools.cache
+def _by_id() -> Mapping[str, EnvRow]:
+    return {row.id: row for row in rows()}
+
+
+def _missing_story(row: EnvRow) -> str | None:
+    from pz_envs import datasets
+
+    game = find_game(row.kwargs["game"])
+    if datasets.find_story(game.md5) is not None:
+        return None
+    if game.name == "zork1":
+        if datasets.find_story(MIT_ZORK1_MD5) is not None:
+            return None
+        return (
+            f"No story file for {row.id} is here. "
+            "Get the MIT-licensed release: pz-envs data get zork_mit"
+        )
+    if any(file.name == game.file for file in datasets.DATASETS["jericho"].files):
+        return (
+            f"The story file {game.file} is not here. Get it: pz-envs data get jericho/{game.file}"
+        )
+    return (
+        f"The story file {game.file} is not here, and pz knows no free source. Put your own copy "
+        f"(md5 {game.md5}) into {datasets.download_root() / 'jericho'}"
+    )

@@ -1,0 +1,1 @@
+"""Countdown: make the target from the numbers, each used exactly once."""

@@ -1,0 +1,15 @@
+"""Settings that every test shares: where data and caches are, and one thread per process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_BESIDE = _REPOSITORY.parent / "shared" / "data"
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One cache for all runs of this checkout: building the tiny model takes a minute.
+os.environ.setdefault("PZ_CACHE", str(_REPOSITORY / ".pytest_cache" / "pz"))
+if _BESIDE.is_dir():
+    os.environ.setdefault("PZ_DATA", str(_BESIDE))
