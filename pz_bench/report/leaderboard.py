@@ -1,0 +1,307 @@
+"""From cells to a leaderboard: rows, columns, ranks, comparisons, and what is missing.
+
+Rows are algorithm x model, columns are environments; the macro mean over families ranks rows that
+are complete over the whole suite. The result is plain data: every file and the terminal show it,
+none computes. The same cells in any order give the same leaderboard.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pz_bench import scores, stats
+from pz_bench.cell import CellResult, canonical, is_trained
+from pz_bench.report import grouping
+from pz_bench.scores import Comparison, Score
+from pz_envs import catalog
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """A column: one environment of the suite and what its number means."""
+
+    name: str
+    id: str
+    short: str
+    family: str
+    family_title: str
+    metric: scores.Metric
+    score_definition: str
+    success_definition: str
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Macro:
+    """The mean over families (each family the mean of its environments), in 0..1.
+
+    In a suite of one environment it is that environment's score, interval included.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    ``rank`` counts complete rows that are no anchors; ``reason`` says why a row is not complete,
+    and then ``macro`` is None. ``scores`` has one entry for each environment the row was planned
+    on, in the order of the columns.
+    """
+
+    label: str
+    algorithm: str
+    model: str | None
+    settings: str
+    anchor: bool
+    trained: bool
+    tiny: bool
+    rank: int | None
+    reason: str | None
+    macro: Macro | None
+    scores: tuple[Score, ...]
+
+    def score(self, environment: str) -> Score | None:
+        """Return the score on the environment of that name, None when it was never planned."""
+        return next((each for each in self.scores if each.environment == environment), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """Everything a report shows; made of plain values, ready for ``dataclasses.asdict``."""
+
+    suite: str
+    title: str
+    level: float
+    resamples: int
+    environments: tuple[Environment, ...]
+    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
+    left_out: tuple[str, ...]
+    versions: Mapping[str, tuple[str, ...]]
+
+    @property
+    def not_run(self) -> tuple[tuple[str, Score], ...]:
+        """(row's label, score) of everything that was planned and not run."""
+        return tuple(
+            (row.label, score)
+            for row in self.rows
+            for score in row.scores
+            if score.status == "not_run"
+        )
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of the suite, in the order of the catalogue."""
+        return tuple(dict.fromkeys(environment.family for environment in self.environments))
+
+
+def build(results: Sequence[CellResult], suite: str, title: str = "") -> Leaderboard:
+    """Return the leaderboard of ``results``, whatever their order.
+
+    Args:
+        results: the cells of the suite, the ones not run among them.
+        suite: the suite's name; files are called after it.
+        title: a heading for people; the suite's name by default.
+
+    Raises:
+        ConfigError: a cell's environment is not in the catalogue.
+    """
+    cells, left_out = grouping.one_per_slot(results)
+    columns = grouping.grouped(cells, grouping.column)
+    seeds = {name: tuple(sorted({cell.spec.seed for cell in columns[name]})) for name in columns}
+    environments = sorted(
+        (_environment(name, columns[name][0], seeds[name]) for name in columns), key=_catalog_order
+    )
+    lines = {
+        label: grouping.grouped(line, grouping.column) for label, line in grouping.labelled(cells)
+    }
+    rows = [_row(label, lines[label], environments) for label in sorted(lines)]
+    return Leaderboard(
+        suite=suite,
+        title=title or suite,
+        level=stats.LEVEL,
+        resamples=stats.RESAMPLES,
+        environments=tuple(environments),
+        rows=_ranked(rows),
+        comparisons=tuple(_comparisons(rows, lines, environments)),
+        left_out=tuple(left_out),
+        versions=_versions(cells),
+    )
+
+
+def _environment(name: str, cell: CellResult, seeds: tuple[int, ...]) -> Environment:
+    row = catalog.find(cell.spec.env)
+    family = catalog.FAMILIES[row.family]
+    return Environment(
+        name=name,
+        id=row.id,
+        short=name.removeprefix("pz/").replace("-v0", ""),
+        family=family.name,
+        family_title=family.title,
+        metric=row.metric,
+        score_definition=family.score,
+        success_definition=family.success,
+        seeds=seeds,
+    )
+
+
+def _catalog_order(environment: Environment) -> tuple[int, str]:
+    return (_positions()[environment.id], environment.name)
+
+
+@functools.cache
+def _positions() -> Mapping[str, int]:
+    return {row.id: position for position, row in enumerate(catalog.rows())}
+
+
+def _row(
+    label: str, cells: Mapping[str, list[CellResult]], environments: Sequence[Environment]
+) -> Row:
+    spec = next(iter(cells.values()))[0].spec
+    own = tuple(
+        scores.score(cells[each.name], catalog.find(each.id), each.name, each.seeds)
+        for each in environments
+        if each.name in cells
+    )
+    reason = _row_reason(own, environments)
+    every = {canonical(grouping.settings(cell)): cell for line in cells.values() for cell in line}
+    texts = (grouping.settings_text(grouping.settings(every[key])) for key in sorted(every))
+    return Row(
+        label=label,
+        algorithm=scores.portable(spec.player),
+        model=grouping.model_name(spec.model),
+        settings=" | ".join(filter(None, texts)),
+        anchor=spec.algorithm in scores.ANCHORS,
+        trained=bool(spec.train) or is_trained(spec.algorithm),
+        tiny=spec.model == "tiny",
+        rank=None,
+        reason=reason,
+        macro=None if reason else _macro(cells, own, environments),
+        scores=own,
+    )
+
+
+def _row_reason(own: Sequence[Score], environments: Sequence[Environment]) -> str | None:
+    """Return why a row has no macro mean: each environment it lacks, by kind of lack."""
+    found = {score.environment: score.status for score in own}
+    lacks: dict[str, list[str]] = {}
+    for environment in environments:
+        status = found.get(environment.name, "not planned")
+        if status != "ranked":
+            lacks.setdefault(status.replace("_", " "), []).append(environment.short)
+    return "; ".join(f"{lack}: {', '.join(names)}" for lack, names in lacks.items()) or None
+
+
+def _macro(
+    cells: Mapping[str, list[CellResult]],
+    own: Sequence[Score],
+    environments: Sequence[Environment],
+) -> Macro:
+    if len(own) == 1 and own[0].value is not None:
+        return Macro(own[0].value, own[0].low, own[0].high)
+    families: dict[str, dict[str, Any]] = {}
+    for environment in environments:
+        values = scores.matrix(cells[environment.name], environment.metric)
+        families.setdefault(environment.family, {})[environment.name] = values
+    found = stats.macro_mean(families)
+    return Macro(*(scores.rounded(value) for value in found))
+
+
+def _ranked(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Return complete rows by macro mean, then the others by label, anchors last.
+
+    Equal means share a rank.
+    """
+    complete = sorted(
+        (row for row in rows if row.macro is not None),
+        key=lambda row: (-_mean(row), row.label),
+    )
+    means = [_mean(row) for row in complete if not row.anchor]
+    ranked = [
+        row if row.anchor else replace(row, rank=1 + means.index(_mean(row))) for row in complete
+    ]
+    others = sorted((row for row in rows if row.macro is None), key=_by_label)
+    return (*ranked, *others)
+
+
+def _by_label(row: Row) -> tuple[bool, str]:
+    return (row.anchor, row.label)
+
+
+def _mean(row: Row) -> float:
+    return row.macro.mean if row.macro is not None else 0.0
+
+
+def _comparisons(
+    rows: Sequence[Row],
+    lines: Mapping[str, Mapping[str, list[CellResult]]],
+    environments: Sequence[Environment],
+) -> list[Comparison]:
+    """Return trained rows against their starting models, then the anchors, column by column."""
+    trained = [(row, other) for row in rows if row.trained for other in _starting(row, rows, lines)]
+    experts = [row for row in rows if row.algorithm == "expert"]
+    randoms = [row for row in rows if row.algorithm == "random"]
+    anchors = [(row, other) for row in experts for other in randoms]
+    found = []
+    for environment in environments:
+        for row, other in (*trained, *anchors):
+            left, right = row.score(environment.name), other.score(environment.name)
+            if left is None or right is None or {left.status, right.status} != {"ranked"}:
+                continue
+            result = scores.compare(
+                lines[row.label][environment.name],
+                lines[other.label][environment.name],
+                environment.metric,
+                environment.name,
+            )
+            if result is None:
+                continue
+            difference, instances = result
+            found.append(
+                Comparison(
+                    kind="trained" if row.trained else "anchors",
+                    environment=environment.name,
+                    row=row.label,
+                    against=other.label,
+                    difference=scores.rounded(difference.mean),
+                    low=scores.rounded(difference.low),
+                    high=scores.rounded(difference.high),
+                    p=scores.rounded(difference.p),
+                    instances=instances,
+                    seeds=len(left.seeds),
+                    against_seeds=len(right.seeds),
+                )
+            )
+    return sorted(found, key=lambda each: each.kind != "trained")
+
+
+def _starting(
+    row: Row, rows: Sequence[Row], lines: Mapping[str, Mapping[str, list[CellResult]]]
+) -> list[Row]:
+    """Return the rows in which the model that ``row`` was trained from plays zero-shot."""
+
+    def model(each: Row) -> str | None:
+        return next(iter(lines[each.label].values()))[0].spec.model
+
+    return [
+        other
+        for other in rows
+        if other.algorithm == scores.STARTING_POINT and model(other) == model(row)
+    ]
+
+
+def _versions(cells: Sequence[CellResult]) -> dict[str, tuple[str, ...]]:
+    """Return every version of everything that the played cells recorded, by name."""
+    found: dict[str, set[str]] = {}
+    for cell in cells:
+        if cell.episodes:
+            for name, version in cell.versions.items():
+                found.setdefault(name, set()).add(str(version))
+    return {name: tuple(sorted(found[name])) for name in sorted(found)}

@@ -1,0 +1,382 @@
+"""The tables of a leaderboard as text: every number is turned into characters here and only here.
+
+Markdown, HTML and the terminal lay out the same ``Table``s, so they cannot disagree. Shares are in
+percent with one decimal; CSV and JSON hold the plain numbers instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pz_bench import scores
+from pz_bench.report.leaderboard import Environment, Leaderboard, Row
+from pz_bench.scores import Score
+
+Kind = Literal["label", "value", "unranked", "missing", "text"]
+
+ABSENT = "–"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell: what is shown, what it sorts by, what a pointer over it explains."""
+
+    text: str
+    sort: float | str | None = None
+    title: str = ""
+    kind: Kind = "text"
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A column's head; ``link`` is the name of the definition it leads to."""
+
+    text: str
+    title: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Heads and lines of equal length."""
+
+    headers: tuple[Header, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def headline(board: Leaderboard) -> Table:
+    """Return rows = algorithm x model, columns = rank, macro mean, environments."""
+    best = _best(board)
+    lines = []
+    for row in board.rows:
+        line = [_rank(row), _label(row), _macro(row, best.get("macro"))]
+        line += [
+            _score(row.score(each.name), best.get(each.name), row) for each in board.environments
+        ]
+        lines.append(tuple(line))
+    heads = [
+        Header("#", "Rank by macro mean, among complete rows that are no anchors"),
+        Header("Algorithm · model"),
+        Header("Macro mean", "Mean over families, percent", "score-macro"),
+    ]
+    heads += [_head(each) for each in board.environments]
+    return Table(tuple(heads), tuple(lines))
+
+
+def details(board: Leaderboard, environment: Environment) -> Table:
+    """Return everything known of each row on one environment."""
+    best = _best(board).get(environment.name)
+    heads = (
+        Header("Algorithm · model"),
+        Header(
+            metric_name(environment),
+            "Percent, ± the larger side of the 95 % interval",
+            link(environment),
+        ),
+        Header("95 % interval", "Percent"),
+        Header("Success", "Share of episodes that succeed, percent"),
+        Header("Score", "Mean of the family's own score, of the most there is"),
+        Header("Turns", "Mean an episode"),
+        Header("Invalid", "Share of turns whose action was not legal, percent"),
+        Header("Sampled tokens", "Mean an episode"),
+        Header("Prompt tokens", "Mean an episode, counted once a request"),
+        Header("Failed", "Failed episodes; each counts as 0"),
+        Header("Episodes", "Episodes played, over all seeds"),
+        Header("Seeds"),
+    )
+    lines = []
+    for row in board.rows:
+        score = row.score(environment.name)
+        if score is not None:
+            lines.append((_label(row), _score(score, best, row), *_numbers(score)))
+    return Table(heads, tuple(lines))
+
+
+def comparisons(board: Leaderboard) -> Table:
+    """Return the paired differences, in points of a hundred."""
+    heads = (
+        Header("Environment"),
+        Header("Algorithm · model"),
+        Header("against"),
+        Header("Difference", "Percentage points, paired on shared instances", "statistics"),
+        Header("95 % interval", "Percentage points", "statistics"),
+        Header("p", "Two-sided sign-flip permutation test over instances", "statistics"),
+        Header("Instances"),
+        Header("Seeds"),
+    )
+    short = {each.name: each.short for each in board.environments}
+    lines = []
+    for each in board.comparisons:
+        excludes = each.low > 0 or each.high < 0
+        title = "The interval excludes 0" if excludes else "The interval includes 0"
+        interval = f"{signed(each.low)} to {signed(each.high)}"
+        lines.append(
+            (
+                Cell(short[each.environment], short[each.environment], kind="label"),
+                Cell(each.row, each.row),
+                Cell(each.against, each.against),
+                Cell(signed(each.difference), each.difference, title, "value", excludes),
+                Cell(interval, each.low, title, "value"),
+                Cell(p_value(each.p), each.p, kind="value"),
+                Cell(str(each.instances), each.instances, kind="value"),
+                Cell(f"{each.seeds} and {each.against_seeds}", each.seeds, kind="value"),
+            )
+        )
+    return Table(heads, tuple(lines))
+
+
+def unranked(board: Leaderboard) -> Table:
+    """Return what is shown without a rank, with the reason and the command that would mend it."""
+    short = {each.name: each.short for each in board.environments}
+    lines = [
+        (
+            Cell(short[score.environment], short[score.environment], kind="label"),
+            Cell(row.label, row.label),
+            Cell(score.reason or "", score.reason),
+            Cell(score.command or "", score.command),
+        )
+        for row in board.rows
+        for score in row.scores
+        if score.status == "unranked"
+    ]
+    return Table(_heads("Environment", "Algorithm · model", "Reason", "Command"), tuple(lines))
+
+
+def not_run(board: Leaderboard) -> Table:
+    """Return what was planned and not run: one line for rows that share reason and command."""
+    short = {each.name: each.short for each in board.environments}
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for label, score in board.not_run:
+        key = (short[score.environment], score.reason or "", score.command or "")
+        groups.setdefault(key, []).append(label)
+    lines = [
+        (
+            Cell(name, name, kind="label"),
+            Cell(", ".join(labels), labels[0]),
+            Cell(reason, reason),
+            Cell(command, command),
+        )
+        for (name, reason, command), labels in groups.items()
+    ]
+    return Table(_heads("Environment", "Algorithm · model", "Reason", "Command"), tuple(lines))
+
+
+def settings(board: Leaderboard) -> Table:
+    """Return with which seeds, how many episodes and how many turns each column was played."""
+    lines = []
+    for environment in board.environments:
+        found = [score for row in board.rows if (score := row.score(environment.name)) is not None]
+        lines.append(
+            (
+                Cell(environment.name, environment.name, kind="label"),
+                Cell(", ".join(map(str, environment.seeds)), kind="value"),
+                Cell(_range([score.planned for score in found]), kind="value"),
+                Cell(_range([score.max_turns for score in found]), kind="value"),
+            )
+        )
+    return Table(_heads("Environment", "Seeds", "Episodes a seed", "Turns at most"), tuple(lines))
+
+
+def definitions(board: Leaderboard) -> list[tuple[str, str, str]]:
+    """Return (link, title, text) of the macro mean, of each family's score and of statistics."""
+    found = [
+        (
+            "score-macro",
+            "Macro mean",
+            "Mean over families of the mean over each family's environments, so that a family "
+            "counts once however many environments it has. Only rows that are complete over the "
+            "whole suite have one.",
+        )
+    ]
+    for family in board.families:
+        own = [each for each in board.environments if each.family == family]
+        metrics = " and ".join(sorted({metric_name(each).lower() for each in own}))
+        text = (
+            f"Shown: {metrics}. Score: {own[0].score_definition} "
+            f"Success: {own[0].success_definition}"
+        )
+        found.append((f"score-{family}", own[0].family_title, text))
+    found.append(("statistics", "Statistics", " ".join(_statistics(board))))
+    return found
+
+
+def notes(board: Leaderboard) -> list[str]:
+    """Return the sentences that stand under the headline table."""
+    found = [
+        "Numbers are percent, ± the larger side of the 95 % interval.",
+        "A failed episode counts as 0.",
+    ]
+    if any(score.status == "unranked" for row in board.rows for score in row.scores):
+        found.append("In parentheses: not ranked, for the reasons listed below.")
+    if board.not_run:
+        found.append("Not run is not zero: the commands that would run it are listed below.")
+    if any(row.score(each.name) is None for row in board.rows for each in board.environments):
+        found.append(f"{ABSENT}: not in the suite for this row.")
+    if any(row.anchor for row in board.rows):
+        found.append(
+            "Anchors show the range and have no rank: random acts at random, expert plays the "
+            "known solution."
+        )
+    if any(row.tiny for row in board.rows):
+        found.append(f"Rows marked {scores.TINY_LABEL}.")
+    return found
+
+
+def metric_name(environment: Environment) -> str:
+    """Return what the number of a column is called."""
+    return "Success rate" if environment.metric == "success" else "Normalised score"
+
+
+def link(environment: Environment) -> str:
+    """Return the name of the definition of the environment's score."""
+    return f"score-{environment.family}"
+
+
+def percent(share: float) -> str:
+    """Return a share of one as percent with one decimal, never ``-0.0``."""
+    return f"{round(100 * share, 1) + 0.0:.1f}"
+
+
+def signed(difference: float) -> str:
+    """Return a difference of shares in points with its sign."""
+    points = round(100 * difference, 1) + 0.0
+    return "0.0" if points == 0 else f"{points:+.1f}".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """Return p to three decimals, or the bound it is below."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def value(mean: float, low: float | None, high: float | None) -> str:
+    """Return ``62.5 ± 4.2``: percent, and the larger side of the interval where there is one."""
+    if low is None or high is None:
+        return percent(mean)
+    return f"{percent(mean)} ± {percent(max(mean - low, high - mean, 0.0))}"
+
+
+def amount(number: float | None, decimals: int = 1) -> str:
+    """Return a count or mean: whole numbers whole, thousands apart by thin spaces."""
+    if number is None:
+        return ABSENT
+    text = f"{number:,.{decimals}f}" if number < 1000 else f"{number:,.0f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace(",", "\u202f")
+
+
+def _heads(*texts: str) -> tuple[Header, ...]:
+    return tuple(Header(text) for text in texts)
+
+
+def _head(environment: Environment) -> Header:
+    title = f"{environment.name}: {metric_name(environment).lower()}, percent"
+    return Header(environment.short, title, link(environment))
+
+
+def _best(board: Leaderboard) -> dict[str, float]:
+    """Return the best ranked number of each column in which two or more rows compete.
+
+    Anchors do not compete.
+    """
+    found: dict[str, list[float]] = {}
+    for row in board.rows:
+        if row.anchor:
+            continue
+        if row.macro is not None:
+            found.setdefault("macro", []).append(row.macro.mean)
+        for score in row.scores:
+            if score.status == "ranked" and score.value is not None:
+                found.setdefault(score.environment, []).append(score.value)
+    return {column: max(values) for column, values in found.items() if len(values) > 1}
+
+
+def _rank(row: Row) -> Cell:
+    if row.anchor:
+        return Cell("anchor", 1e6, "Shows the range; has no rank", "missing")
+    if row.rank is None:
+        return Cell(ABSENT, 1e9, row.reason or "", "missing")
+    return Cell(str(row.rank), row.rank, kind="value")
+
+
+def _label(row: Row) -> Cell:
+    notes = [scores.TINY_LABEL] if row.tiny else []
+    notes += [f"settings: {row.settings}"] if row.settings else []
+    return Cell(row.label, row.label, "; ".join(notes), "label")
+
+
+def _macro(row: Row, best: float | None) -> Cell:
+    if row.macro is None:
+        return Cell("not ranked", None, row.reason or "", "missing")
+    macro = row.macro
+    strong = not row.anchor and macro.mean == best and macro.mean > 0
+    text = value(macro.mean, macro.low, macro.high)
+    return Cell(text, macro.mean, _interval_title(macro.low, macro.high), "value", strong)
+
+
+def _score(score: Score | None, best: float | None, row: Row) -> Cell:
+    if score is None:
+        return Cell(ABSENT, None, "Not in the suite for this row", "missing")
+    if score.status == "not_run":
+        return Cell(NOT_RUN, None, score.reason or "", "missing")
+    if score.value is None:
+        return Cell("no result", None, score.reason or "", "missing")
+    text = value(score.value, score.low, score.high)
+    if score.status == "unranked":
+        return Cell(f"({text})", score.value, score.reason or "", "unranked")
+    strong = not row.anchor and score.value == best and score.value > 0
+    return Cell(text, score.value, _interval_title(score.low, score.high), "value", strong)
+
+
+def _interval_title(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "One episode: no interval"
+    return f"95 % interval {percent(low)} to {percent(high)}"
+
+
+def _numbers(score: Score) -> tuple[Cell, ...]:
+    if score.value is None:
+        return tuple(Cell(ABSENT, kind="missing") for _ in range(10))
+    interval = (
+        ABSENT
+        if score.low is None or score.high is None
+        else f"{percent(score.low)} to {percent(score.high)}"
+    )
+    success, invalid = score.success_rate or 0.0, score.invalid_share or 0.0
+    return (
+        Cell(interval, score.low, kind="value"),
+        Cell(percent(success), success, kind="value"),
+        Cell(f"{amount(score.score, 2)} of {amount(score.max_score)}", score.score, kind="value"),
+        Cell(amount(score.turns), score.turns, kind="value"),
+        Cell(percent(invalid), invalid, kind="value"),
+        Cell(amount(score.sampled_tokens), score.sampled_tokens, kind="value"),
+        Cell(amount(score.prompt_tokens), score.prompt_tokens, kind="value"),
+        Cell(str(score.failures), score.failures, kind="value"),
+        Cell(amount(score.episodes), score.episodes, kind="value"),
+        Cell(", ".join(map(str, score.seeds)), len(score.seeds), kind="value"),
+    )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return amount(low) if low == high else f"{amount(low)} to {amount(high)}"
+
+
+def _statistics(board: Leaderboard) -> list[str]:
+    return [
+        "All rows and seeds of an environment play the same instances.",
+        "Success rates have Wilson intervals over seeds × instances; because seeds share "
+        "instances, the trials are divided by the design effect of instances or seeds as "
+        "clusters, whichever is larger.",
+        "Other means and the macro mean have percentile intervals of a bootstrap that draws seeds, "
+        f"then instances shared by the drawn seeds ({board.resamples} replicates, fixed streams).",
+        "Of these, an environment whose episodes all have the same value adds no width.",
+        "Comparisons are paired: the difference on shared instances, with a bootstrap that draws "
+        "each side's seeds and, jointly, the instances; p is the two-sided sign-flip permutation "
+        "p-value over instances.",
+        "A score is not ranked when seeds or episodes are missing or when more than "
+        f"{100 * scores.MAX_FAILURES:.0f} % of its episodes failed.",
+    ]

@@ -1,0 +1,265 @@
+"""From finished cells to the numbers of a leaderboard: one place where every score is defined.
+
+A score belongs to one row (algorithm, model, settings) on one environment and is taken over all
+episodes of all seeds. A failed episode counts as 0 in every denominator. Numbers that may not be
+ranked (missing seeds, unfinished cells, too many failures) are still shown, with the reason; what
+was not run has no number at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pz_bench import stats
+from pz_bench.cell import CellResult, EpisodeRecord, canonical
+from pz_envs.catalog import EnvRow
+
+MAX_FAILURES = 0.02
+"""Largest share of failed episodes with which a score is still ranked."""
+
+TINY_LABEL = "tiny: machinery check, not a research result"
+ANCHORS = ("random", "expert")
+STARTING_POINT = "zeroshot"
+
+Metric = Literal["success", "score_norm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one row reached on one environment.
+
+    ``value``, ``low`` and ``high`` are the environment's metric in 0..1 with its 95 % interval
+    (none for a single episode); ``interval`` is how it was made. ``success_rate`` and
+    ``invalid_share`` (of turns), ``format_error_share`` (of turns) are in 0..1. ``score`` is the
+    mean in the family's own units and ``max_score`` the most that can be had. ``turns``,
+    ``sampled_tokens``, ``prompt_tokens`` and ``seconds`` are means an episode. Numbers are None
+    where no episode was played. ``planned`` is the number of episodes a seed.
+    """
+
+    environment: str
+    status: Literal["ranked", "unranked", "not_run"]
+    reason: str | None
+    command: str | None
+    metric: Metric
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    interval: Literal["wilson", "bootstrap"] | None = None
+    success_rate: float | None = None
+    score: float | None = None
+    max_score: float | None = None
+    turns: float | None = None
+    invalid_share: float | None = None
+    format_error_share: float | None = None
+    sampled_tokens: float | None = None
+    prompt_tokens: float | None = None
+    seconds: float | None = None
+    episodes: int = 0
+    failures: int = 0
+    seeds: tuple[int, ...] = ()
+    planned: int = 0
+    max_turns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """``row`` minus ``against`` on the instances both played, in units of the metric (0..1).
+
+    ``kind`` ``trained``: against zero-shot play of its own starting model; ``anchors``: expert
+    minus random, the room there is. ``p`` is the two-sided sign-flip permutation p-value.
+    """
+
+    kind: Literal["trained", "anchors"]
+    environment: str
+    row: str
+    against: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    instances: int
+    seeds: int
+    against_seeds: int
+
+
+def matrix(cells: Sequence[CellResult], metric: Metric) -> stats.Floats:
+    """Return [S, I] of ``metric``: seeds in order by instances in order of their env seed.
+
+    NaN where an episode was not played; cells without any episode are left out.
+    """
+    return stats.stack(_by_instance(cells, metric))
+
+
+def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[int]) -> Score:
+    """Return the score of one row of the table on one environment.
+
+    Args:
+        cells: its cells, one a seed.
+        row: the environment's catalogue row, which says what the metric is.
+        name: how the table calls the environment; also names the bootstrap's stream.
+        seeds: those that a complete row has.
+    """
+    cells = sorted(cells, key=lambda cell: cell.spec.seed)
+    not_run = all(cell.status == "not_run" and not cell.episodes for cell in cells)
+    reasons = _not_run_reasons(cells) if not_run else _reasons(cells, seeds)
+    reason = portable("; ".join(reasons)) if reasons else None
+    commands = [cell.command for cell in cells if _is_open(cell) and cell.command]
+    command = portable(commands[0]) if commands else None
+    episodes = [episode for cell in cells for episode in cell.episodes]
+    planned = max(cell.spec.episodes for cell in cells)
+    max_turns = max(cell.spec.max_turns for cell in cells)
+    if not episodes:
+        status: Literal["unranked", "not_run"] = (
+            "not_run" if all(cell.status == "not_run" for cell in cells) else "unranked"
+        )
+        return Score(
+            name, status, reason, command, row.metric, planned=planned, max_turns=max_turns
+        )
+    values = matrix(cells, row.metric)
+    interval = _interval(values, row.metric, name)
+    turns = sum(episode.turns for episode in episodes)
+    return Score(
+        environment=name,
+        status="unranked" if reasons else "ranked",
+        reason=reason,
+        command=command,
+        metric=row.metric,
+        value=rounded(float(np.nanmean(values))),
+        low=None if interval is None else rounded(interval.low),
+        high=None if interval is None else rounded(interval.high),
+        interval=None if interval is None else "wilson" if row.metric == "success" else "bootstrap",
+        success_rate=_mean(episodes, lambda each: _value(each, "success")),
+        score=_mean(episodes, lambda each: each.score if each.status == "ok" else 0.0),
+        max_score=rounded(max(episode.max_score for episode in episodes)),
+        turns=_mean(episodes, lambda each: each.turns),
+        invalid_share=rounded(sum(each.invalid for each in episodes) / max(1, turns)),
+        format_error_share=rounded(sum(each.format_errors for each in episodes) / max(1, turns)),
+        sampled_tokens=_mean(episodes, lambda each: each.sampled_tokens),
+        prompt_tokens=_mean(episodes, lambda each: each.prompt_tokens),
+        seconds=_mean(episodes, lambda each: each.seconds),
+        episodes=len(episodes),
+        failures=_failures(episodes),
+        seeds=tuple(cell.spec.seed for cell in cells if cell.episodes),
+        planned=planned,
+        max_turns=max_turns,
+    )
+
+
+def compare(
+    left: Sequence[CellResult], right: Sequence[CellResult], metric: Metric, stream: str
+) -> tuple[stats.Difference, int] | None:
+    """Return the paired difference left - right and on how many instances it rests.
+
+    Only instances that every seed of both sides played are used; None when there is none.
+    """
+    left_rows, right_rows = _by_instance(left, metric), _by_instance(right, metric)
+    if not left_rows or not right_rows:
+        return None
+    shared = sorted(set.intersection(*(set(row) for row in (*left_rows, *right_rows))))
+    if not shared:
+        return None
+    difference = stats.paired_difference(
+        [[row[key] for key in shared] for row in left_rows],
+        [[row[key] for key in shared] for row in right_rows],
+        stream=stream,
+    )
+    return difference, len(shared)
+
+
+def rounded(value: float) -> float:
+    """Round to the six decimals that every file and table shows or shortens."""
+    return round(float(value), 6) + 0.0
+
+
+def portable(text: str) -> str:
+    """Return ``text`` with the folders of absolute paths cut to ``…``: they name one machine."""
+    return re.sub(r"(?<![\w.:/~…])/(?:[^\s/'\"`:;,]+/)+", "…/", text)
+
+
+def _value(episode: EpisodeRecord, metric: Metric) -> float:
+    return float(getattr(episode, metric)) if episode.status == "ok" else 0.0
+
+
+def _by_instance(cells: Sequence[CellResult], metric: Metric) -> list[Mapping[int, float]]:
+    ordered = sorted(cells, key=lambda cell: cell.spec.seed)
+    return [
+        {episode.env_seed: _value(episode, metric) for episode in cell.episodes}
+        for cell in ordered
+        if cell.episodes
+    ]
+
+
+def _interval(values: stats.Floats, metric: Metric, stream: str) -> stats.Interval | None:
+    if np.count_nonzero(~np.isnan(values)) < 2:
+        return None
+    if metric == "success":
+        trials = stats.effective_trials(values)
+        return stats.wilson(float(np.nanmean(values)) * trials, trials)
+    return stats.bootstrap_interval(values, stream=stream)
+
+
+def _mean(episodes: Sequence[EpisodeRecord], of: Callable[[EpisodeRecord], float]) -> float:
+    return rounded(sum(of(episode) for episode in episodes) / len(episodes))
+
+
+def _failures(episodes: Sequence[EpisodeRecord]) -> int:
+    return sum(episode.status != "ok" for episode in episodes)
+
+
+def _is_open(cell: CellResult) -> bool:
+    return cell.status != "done" or len(cell.episodes) < cell.spec.episodes
+
+
+def _reasons(cells: Sequence[CellResult], seeds: Sequence[int]) -> list[str]:
+    """Return why the score may not be ranked, one phrase a cause; empty when it may."""
+    reasons = []
+    causes: dict[str, list[int]] = {}
+    for cell in cells:
+        if _is_open(cell):
+            causes.setdefault(_cause(cell), []).append(cell.spec.seed)
+    absent = sorted(set(seeds) - {cell.spec.seed for cell in cells})
+    if absent:
+        causes["no cell"] = absent
+    for cause, missing in causes.items():
+        reasons.append(cause if len(missing) == len(seeds) else f"{_seeds(missing)}: {cause}")
+    episodes = [episode for cell in cells for episode in cell.episodes]
+    failures = _failures(episodes)
+    if failures > MAX_FAILURES * len(episodes):
+        reasons.append(
+            f"{failures} of {len(episodes)} episodes failed "
+            f"({100 * failures / len(episodes):.1f} %, at most {100 * MAX_FAILURES:.0f} % allowed)"
+        )
+    if len({_without_seed(cell) for cell in cells}) > 1:
+        reasons.append("the seeds were run with different settings")
+    return reasons
+
+
+def _not_run_reasons(cells: Sequence[CellResult]) -> list[str]:
+    return list(dict.fromkeys(_first_line(cell) for cell in cells if _first_line(cell)))
+
+
+def _without_seed(cell: CellResult) -> str:
+    spec = cell.spec.model_copy(update={"seed": 0, "algorithm": cell.spec.player})
+    return canonical(spec.model_dump(mode="json"))
+
+
+def _cause(cell: CellResult) -> str:
+    said = f": {_first_line(cell)}" if _first_line(cell) else ""
+    if cell.status == "not_run":
+        return f"not run{said}"
+    if cell.status == "failed":
+        return f"failed{said}"
+    return f"{len(cell.episodes)} of {cell.spec.episodes} episodes{said}"
+
+
+def _first_line(cell: CellResult) -> str:
+    return (cell.reason or "").strip().partition("\n")[0]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
