@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+_MARKUP = re.compile(r"[<\\]|```")
 _THINK = re.compile(r"<(/?)think\s{0,8}>", re.IGNORECASE)
 _TAGS = {tag: re.compile(rf"<(/?){tag}\s{{0,8}}>", re.IGNORECASE) for tag in ("action", "answer")}
 _BRACES = re.compile(r"\\\\|\\boxed\s{0,8}\{|\\[{}]|[{}]")
@@ -47,6 +48,9 @@ def parse_reply(text: str, tag: str, reply_format: Literal["auto", "tags"] = "au
         reply_format: ``"tags"`` demands the tag; ``"auto"`` also takes untagged text as a command:
             its last line that is neither blank nor a code fence.
     """
+    if reply_format == "auto" and text.isprintable() and not _MARKUP.search(text):
+        command = text.strip()  # a bare command on one line, without the searches below
+        return Reply(command) if command else Reply(None, "it is empty")
     visible, open_thought = _without_thought(text)
     contents, problem = _tagged(visible, tag)
     if contents is None and problem is None and tag == "answer":
