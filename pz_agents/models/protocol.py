@@ -40,6 +40,9 @@ class Completion:
     log_probs: [N] log-softmax(logits / temperature) at ``token_ids``, before top-p or top-k.
     text: the decoded ids without the terminator.
     version: of the weights.
+
+    A server that does not tell ids or log-probs leaves ``log_probs`` (and ``token_ids``, where it
+    does not tell those) empty; such a completion can be played but not trained on.
     """
 
     token_ids: Ids
@@ -47,6 +50,11 @@ class Completion:
     text: str
     finish: Finish
     version: int
+
+
+def is_trainable(completion: Completion) -> bool:
+    """Return whether ``completion`` has its token ids, and one log-prob for each."""
+    return 0 < len(completion.token_ids) == len(completion.log_probs)
 
 
 class LanguageModel(Protocol):

@@ -1,0 +1,102 @@
+"""Language models behind one protocol: from a short text to a model, and what its weights are.
+
+A spec is ``tiny``, a ``save_pretrained`` folder, ``openai:MODEL@URL`` or ``scripted:REPLY|REPLY``.
+Importing this package imports neither torch nor transformers; loading a model does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pz_agents.errors import ModelError
+from pz_agents.models.protocol import Completion, GenerateRequest, LanguageModel, Message
+from pz_envs.errors import did_you_mean
+from pz_envs.files import sha256_file
+
+__all__ = [
+    "Completion",
+    "GenerateRequest",
+    "LanguageModel",
+    "Message",
+    "load_model",
+    "model_identity",
+]
+
+_ALLOWED = (
+    "Allowed: `tiny`, a folder that save_pretrained wrote, `openai:MODEL@http://host/v1`, "
+    "`scripted:reply|reply`"
+)
+_WEIGHTS = (".safetensors", ".bin")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+
+
+def load_model(spec: str, *, device: str | None = None) -> LanguageModel:
+    """Return the model that ``spec`` names; ``tiny`` is built first when it is not yet there.
+
+    Args:
+        spec: see the module.
+        device: a torch device for local weights; None takes CUDA when there is one.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "openai":
+        from pz_agents.models.openai import openai_model
+
+        return openai_model(spec)
+    if kind == "scripted":
+        from pz_agents.models.scripted import ScriptedModel
+
+        return ScriptedModel(tuple(rest.split("|")), name=spec)
+    from pz_agents.models.transformers import TransformersModel
+
+    if spec == "tiny":
+        from pz_agents.models.tiny import tiny_folder
+
+        return TransformersModel(tiny_folder(), device=device, name="tiny")
+    return TransformersModel(_folder(spec), device=device)
+
+
+def model_identity(spec: str) -> str:
+    """Return a hash of what decides the model's answers, without loading or building it.
+
+    ``tiny`` is its recipe, a folder is its weights, configuration and tokenizer. What a server
+    holds cannot be seen from here: ``openai:`` is the spec without its transport options.
+
+    Raises:
+        ModelError: the folder does not exist.
+    """
+    kind = spec.partition(":")[0]
+    if spec == "tiny":
+        from pz_agents.models.recipe import recipe_hash
+
+        return recipe_hash()
+    if kind == "openai":
+        from pz_agents.models.openai import parse_spec
+
+        settings = parse_spec(spec)
+        parts = (settings.model, settings.url, str(settings.tokenizer or ""))
+        return _hash("openai", *parts)
+    if kind == "scripted":
+        return _hash(spec)
+    folder = _folder(spec)
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in _WEIGHTS or path.name in _TOKENIZER
+    )
+    return _hash("folder", *(f"{path.name}={sha256_file(path)}" for path in files))
+
+
+def _folder(spec: str) -> Path:
+    folder = Path(spec).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"No model `{spec}`.{did_you_mean(spec, ('tiny',))} {_ALLOWED}"
+            + (f"; {folder} holds no config.json" if folder.is_dir() else "")
+        )
+    return folder
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
