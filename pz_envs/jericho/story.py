@@ -53,9 +53,10 @@ def find_story(game: Game, story: Path | str | None = None) -> Story:
         path = datasets.find_story(md5)
         if path is not None:
             return check_story(path, accepted)
+    source = "zork_mit" if game.name == "zork1" else "jericho"
     raise DataError(
         f"No story file for `{game.name}` ({game.title}) is here. Look for one that can be had: "
-        f"pz-envs data get jericho   or put your own {game.file} (md5 {game.md5}) into "
+        f"pz-envs data get {source}   or put your own {game.file} (md5 {game.md5}) into "
         "$PZ_DATA/jericho"
     )
 

@@ -1,0 +1,61 @@
+"""Algorithms: each a rollout program, a credit rule, a loss and its options, in one short file.
+
+An algorithm knows nothing about any environment, model or trainer. The table holds module names,
+so that listing the algorithms imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pz_agents.config import Settings
+from pz_envs.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from pz_agents.algorithms.losses import Loss
+    from pz_agents.algorithms.rows import TrainRow
+    from pz_agents.rollout.programs import Program
+    from pz_agents.sdk.types import Trajectory
+
+__all__ = ["ALGORITHMS", "Algorithm", "Credit", "load_algorithm"]
+
+ALGORITHMS: Mapping[str, str] = {"grpo": "pz_agents.algorithms.grpo:GRPO"}
+"""Name of each algorithm and where its ``Algorithm`` is."""
+
+
+class Credit(NamedTuple):
+    """The rows worth training on, and figures about the groups they came from."""
+
+    rows: Sequence[TrainRow]
+    stats: Mapping[str, float]
+
+
+class Algorithm(NamedTuple):
+    """The four parts of an algorithm.
+
+    program: plays episode specs and yields finished trajectories (``pz_agents.rollout.programs``).
+    credit: trajectories of one step and the options to rows with advantages.
+    loss: ``loss(tokens, options)``, one micro-batch's share of the loss.
+    defaults: the options with their default values; users change them under ``options``.
+    """
+
+    program: Program
+    credit: Callable[[Sequence[Trajectory], Any], Credit]
+    loss: Callable[..., Loss]
+    defaults: Settings
+
+
+def load_algorithm(name: str) -> Algorithm:
+    """Return the algorithm called ``name``.
+
+    Raises:
+        ConfigError: there is none of that name; the message has the nearest.
+    """
+    if name not in ALGORITHMS:
+        known = ", ".join(ALGORITHMS)
+        raise ConfigError(f"No algorithm `{name}`.{did_you_mean(name, ALGORITHMS)} Known: {known}")
+    module, attribute = ALGORITHMS[name].split(":")
+    algorithm: Algorithm = getattr(importlib.import_module(module), attribute)
+    return algorithm

@@ -1,0 +1,172 @@
+"""Losses as pure functions on per-token tensors.
+
+Every per-token tensor is ``[B, T]`` and indexed by the token it describes: ``log_probs[b, t]`` is
+the log-prob of token ``t`` given everything before it. ``mask`` is True where a token was sampled
+by the policy; whatever stands elsewhere, NaN and infinities included, changes neither a loss nor a
+gradient by one bit. Every sum is divided by totals of the whole optimizer batch, so a loss is the
+sum of the losses of its micro-batches, however the rows are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "const"]
+KlEstimator = Literal["k1", "k2", "k3"]
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to plus and minus this before ``exp``."""
+
+MAX_K3 = 10.0
+"""The k3 estimate of one token is clamped to plus and minus this."""
+
+
+class Totals(NamedTuple):
+    """What the whole optimizer batch holds, over all its micro-batches.
+
+    tokens: trained tokens. sequences: rows with at least one of them. length: the constant row
+    length that aggregation ``const`` divides by.
+    """
+
+    tokens: float
+    sequences: float
+    length: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """What a loss function sees of one micro-batch.
+
+    log_probs: [B, T] under the weights being trained, with gradient.
+    old_log_probs: [B, T] under the weights that sampled.
+    advantages: [B, T]. mask: [B, T] bool.
+    reference_log_probs: [B, T] under the frozen reference, where the algorithm asked for one.
+    totals: of the whole optimizer batch.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    totals: Totals
+    reference_log_probs: Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """A loss and what is worth knowing about it.
+
+    stats: 0-dim tensors, each this micro-batch's share of a mean over all trained tokens; the
+    shares of all micro-batches add up to that mean.
+    """
+
+    value: Tensor
+    stats: Mapping[str, Tensor]
+
+
+def predictions(logits: Tensor, count: int) -> Tensor:
+    """Return the logits that predict the last ``count`` tokens; the only shift there is.
+
+    Args:
+        logits: [B, L, V] as a causal model gives them: position t predicts token t + 1.
+        count: at most L - 1.
+    """
+    return logits[:, -count - 1 : -1]
+
+
+def token_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log-probs [...] of ``ids`` and the entropies [...] (detached, in nats).
+
+    Both are of softmax(logits / temperature), taken in float32 whatever the logits are.
+
+    Args:
+        logits: [..., V], each the prediction of the id at the same place.
+        ids: [...].
+        temperature: of sampling, above 0.
+    """
+    log_softmax = torch.log_softmax(logits.float() / temperature, dim=-1)
+    chosen = log_softmax.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    entropy = torch.special.entr(log_softmax.detach().exp()).sum(-1)
+    return chosen, entropy
+
+
+def keep(values: Tensor, mask: Tensor) -> Tensor:
+    """Return ``values`` with zeros where ``mask`` is False; junk there gets no gradient either."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return exp(log_probs - old_log_probs) [B, T], 1 where ``mask`` is False."""
+    difference = keep(log_probs, mask) - keep(old_log_probs, mask)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_policy_loss(
+    ratios: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) per token [B, T]."""
+    advantages = keep(advantages, mask)
+    clipped = ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return keep(-torch.minimum(ratios * advantages, clipped * advantages), mask)
+
+
+def kl_estimate(
+    log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor, kind: KlEstimator = "k3"
+) -> Tensor:
+    """Return an estimate of KL(policy || reference) per token [B, T].
+
+    With d = log_probs - reference_log_probs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d
+    (Schulman, "Approximating KL divergence", 2020).
+    """
+    difference = keep(log_probs, mask) - keep(reference_log_probs, mask)
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference.square() / 2
+    inverse_ratio = (-difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return (inverse_ratio - 1.0 + difference).clamp(-MAX_K3, MAX_K3)
+
+
+def aggregate(values: Tensor, mask: Tensor, how: Aggregation, totals: Totals) -> Tensor:
+    """Reduce per-token values [B, T] to this micro-batch's share of the batch's loss.
+
+    ``token_mean``: sum / tokens. ``seq_mean_token_mean``: mean over rows of each row's mean.
+    ``seq_mean_token_sum``: mean over rows of each row's sum. ``const``: sum / (rows * length).
+    With nothing to train the result is 0 and still has a graph.
+    """
+    kept = keep(values, mask)
+    sequences = max(totals.sequences, 1.0)
+    if how == "token_mean":
+        return kept.sum() / max(totals.tokens, 1.0)
+    if how == "seq_mean_token_mean":
+        return (kept.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / sequences
+    if how == "seq_mean_token_sum":
+        return kept.sum() / sequences
+    return kept.sum() / (sequences * totals.length)
+
+
+def ratio_stats(
+    tokens: Tokens, ratios: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    """Return how far the policy has moved since it sampled, as shares of token means.
+
+    ``clip_low`` and ``clip_high`` are the fractions of tokens whose gradient the clip stopped;
+    ``approx_kl`` is the mean of log_probs_old - log_probs.
+    """
+    with torch.no_grad():
+        advantages = keep(tokens.advantages, tokens.mask)
+        moved = keep(tokens.old_log_probs, tokens.mask) - keep(tokens.log_probs, tokens.mask)
+        values = {
+            "ratio": ratios,
+            "approx_kl": moved,
+            "clip_low": ((ratios < 1.0 - clip_low) & (advantages < 0)).float(),
+            "clip_high": ((ratios > 1.0 + clip_high) & (advantages > 0)).float(),
+        }
+        return {
+            name: aggregate(value, tokens.mask, "token_mean", tokens.totals)
+            for name, value in values.items()
+        }

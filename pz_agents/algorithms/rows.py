@@ -1,0 +1,100 @@
+"""From trajectories to the rows a learner trains on, token for token as they were sampled.
+
+Consecutive samples of a trajectory share one row as long as each prompt begins with exactly the
+ids that came before it (integer comparison, nothing is decoded); otherwise a new row begins. The
+mask is True on sampled tokens and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pz_agents.sdk.types import Ids, LogProbs, Sample, Trajectory
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainRow:
+    """One sequence to train on; all arrays are [L] and indexed by the token they describe.
+
+    ids: the sequence. mask: True on sampled tokens, never at position 0.
+    log_probs: as sampled, 0 elsewhere. versions: of the weights that sampled, -1 elsewhere.
+    turns: index of the turn that sampled the token, -1 elsewhere. advantages: 0 off the mask.
+    """
+
+    ids: Ids
+    mask: NDArray[np.bool_]
+    log_probs: LogProbs
+    versions: NDArray[np.int32]
+    turns: NDArray[np.int32]
+    advantages: NDArray[np.float32]
+    trajectory_id: str
+    group_id: str
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the first sampled one."""
+        return int(np.argmax(self.mask))
+
+
+def rows_of(trajectory: Trajectory, advantage: float) -> list[TrainRow]:
+    """Return the rows of one trajectory, every sampled token with the same ``advantage``.
+
+    Samples without tokens, and steps without a sample, are passed over.
+
+    Raises:
+        ValueError: a sample has an empty prompt, or not one log-prob a token.
+    """
+    return [_row(trajectory, chain, advantage) for chain in _chains(trajectory)]
+
+
+def _chains(trajectory: Trajectory) -> Iterator[list[tuple[int, Sample]]]:
+    """Split the trajectory's samples where a prompt does not continue what came before."""
+    chain: list[tuple[int, Sample]] = []
+    history: Ids = np.empty(0, np.int32)
+    for turn, step in enumerate(trajectory.steps):
+        sample = step.sample
+        if sample is None or len(sample.token_ids) == 0:
+            continue
+        if len(sample.prompt_ids) == 0 or len(sample.log_probs) != len(sample.token_ids):
+            raise ValueError(
+                f"trajectory {trajectory.key!r}, turn {turn}: a sample needs a prompt and one "
+                f"log-prob a token; got {len(sample.prompt_ids)} prompt ids, "
+                f"{len(sample.token_ids)} tokens, {len(sample.log_probs)} log-probs"
+            )
+        if chain and not np.array_equal(sample.prompt_ids[: len(history)], history):
+            yield chain
+            chain = []
+        chain.append((turn, sample))
+        history = np.concatenate([sample.prompt_ids, sample.token_ids])
+    if chain:
+        yield chain
+
+
+def _row(trajectory: Trajectory, chain: list[tuple[int, Sample]], advantage: float) -> TrainRow:
+    last = chain[-1][1]
+    ids = np.concatenate([last.prompt_ids, last.token_ids]).astype(np.int32)
+    mask = np.zeros(len(ids), np.bool_)
+    log_probs = np.zeros(len(ids), np.float32)
+    versions = np.full(len(ids), -1, np.int32)
+    turns = np.full(len(ids), -1, np.int32)
+    for turn, sample in chain:
+        start = len(sample.prompt_ids)
+        sampled = slice(start, start + len(sample.token_ids))
+        mask[sampled] = True
+        log_probs[sampled] = sample.log_probs
+        versions[sampled] = sample.version
+        turns[sampled] = turn
+    return TrainRow(
+        ids=ids,
+        mask=mask,
+        log_probs=log_probs,
+        versions=versions,
+        turns=turns,
+        advantages=np.where(mask, advantage, 0.0).astype(np.float32),
+        trajectory_id=trajectory.key,
+        group_id=trajectory.group_id,
+    )

@@ -1,0 +1,257 @@
+"""The command line ``pz-agents``: train, eval, models, agents.
+
+Anything heavy is imported inside the command that needs it, so that ``--help`` stays quick. An
+error that pz raises on purpose is one line on standard error: exit 2 for wrong usage, else 1;
+Ctrl-C exits 130 and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Language-model agents for text environments.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Assignments = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="A setting; dots go deeper.")
+]
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``pz-agents`` script."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app(prog_name="pz-agents")
+    except Exception as error:
+        # The process boundary; pz_envs.errors brings gymnasium, too slow for `--help`.
+        from pz_envs.errors import ConfigError, PzError
+
+        if not isinstance(error, PzError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make Ctrl-C exit 130; typer would make it 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; resumed if there.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="E.g. grpo.")] = None,
+    env: Annotated[str | None, typer.Option(help="E.g. pz/Countdown-v0.")] = None,
+    model: Annotated[str | None, typer.Option(help="tiny, or a folder with a model.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of tasks and sampling.", min=0)] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings to begin with.")] = None,
+    settings: Assignments = [],  # noqa: B006  (typer reads it, nobody changes it)
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the settings and stop.")
+    ] = False,
+) -> None:
+    """Train a model; the same command resumes a run that was cut short."""
+    from pz_agents.config import parse_settings
+    from pz_agents.training.settings import TrainSettings, algorithm_options
+    from pz_envs.errors import ConfigError
+
+    named = {
+        "preset": preset,
+        "algorithm": algorithm,
+        "env": env,
+        "model": model,
+        "steps": steps,
+        "seed": seed,
+    }
+    values = {key: value for key, value in named.items() if value is not None}
+    for assignment in settings:
+        _assign(values, assignment)
+    chosen = parse_settings(TrainSettings, values, "train")
+    if print_config:
+        shown = chosen.model_dump(mode="json")
+        shown["options"] = algorithm_options(chosen).model_dump(mode="json")
+        print(json.dumps(shown, indent=1))
+        return
+    if out is None:
+        raise ConfigError("train needs a folder for the run; add --out DIR")
+    with _interruptible():
+        policy = _train_with_progress(chosen, out)
+    print(f"policy: {policy}")
+
+
+def _train_with_progress(settings: Any, out: Path) -> Path:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from pz_agents.training.run import train as run
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[line]}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(settings.algorithm, total=settings.steps, line="")
+
+        def on_progress(step: int, total: int, metrics: Mapping[str, float]) -> None:
+            line = _line(metrics)
+            progress.update(task, completed=step, line=line)
+            if not console.is_terminal:
+                console.print(f"step {step}/{total} | {line}", highlight=False, soft_wrap=True)
+
+        try:
+            return run(settings, out, on_progress=on_progress)
+        except KeyboardInterrupt:
+            console.print(f"Stopped; {out} has a checkpoint. The same command goes on from it.")
+            raise
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    speed = metrics["sampled_tokens"] / max(metrics["seconds"], 1e-9)
+    return (
+        f"reward {metrics['reward']:.3f} success {metrics['success']:.3f} "
+        f"usable {metrics['usable_groups']:.0f}/{metrics['groups']:.0f} "
+        f"loss {metrics['loss']:.4f} entropy {metrics['entropy']:.3f} {speed:.0f} tok/s"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    env: Annotated[str, typer.Option(help="E.g. pz/Countdown-v0.")],
+    agent: Annotated[str, typer.Option(help="See `pz-agents agents`.")] = "zeroshot",
+    model: Annotated[str, typer.Option(help="For agents that play with a model.")] = "tiny",
+    episodes: Annotated[int, typer.Option("-n", help="Episodes.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="Of the agent's randomness.", min=0)] = 0,
+    max_turns: Annotated[int, typer.Option(help="Turns an episode.", min=1)] = 100,
+    concurrency: Annotated[int, typer.Option(help="Episodes alive at once.", min=1)] = 16,
+    settings: Assignments = [],  # noqa: B006
+    env_settings: Annotated[
+        list[str], typer.Option("--env-set", metavar="KEY=VALUE", help="An environment argument.")
+    ] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Play held-out episodes and print what came of them; --set goes to the agent."""
+    from functools import partial
+
+    from pz_agents.models import load_model
+    from pz_agents.rollout import EpisodeSpec, Limits, run_episodes
+    from pz_agents.sdk.loading import load_agent, needs_model
+    from pz_envs.catalog import find, make_env
+    from pz_envs.seeding import derive_seed
+
+    row = find(env)
+    kwargs: dict[str, Any] = {}
+    env_kwargs: dict[str, Any] = {}
+    for assignment in settings:
+        _assign(kwargs, assignment)
+    for assignment in env_settings:
+        _assign(env_kwargs, assignment)
+    player = load_agent(
+        agent, model=load_model(model) if needs_model(agent) else None, kwargs=kwargs
+    )
+    commands = True if getattr(player, "needs_admissible_commands", False) else None
+    played = run_episodes(
+        player,
+        [
+            EpisodeSpec(str(number), row.id, derive_seed("eval", row.id, number) % 2**31)
+            for number in range(episodes)
+        ],
+        make_env=partial(make_env, split="eval", admissible_commands=commands, **env_kwargs),
+        limits=Limits(turns=max_turns),
+        seed=seed,
+        concurrency=concurrency,
+    )
+    with _interruptible():
+        trajectories = list(played)
+    figures = {
+        "episodes": len(trajectories),
+        "success": sum(item.success for item in trajectories) / episodes,
+        "score_norm": sum(item.score_norm for item in trajectories) / episodes,
+        "turns": sum(len(item.steps) for item in trajectories) / episodes,
+        "sampled_tokens": sum(item.sampled_tokens for item in trajectories),
+        "failed": sum(item.status == "failed" for item in trajectories),
+    }
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print(" ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if figures["failed"]:
+        errors = {item.error for item in trajectories if item.error}
+        print(f"error: {figures['failed']} failed: {'; '.join(sorted(errors))}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def models() -> None:
+    """List the forms that --model takes."""
+    rows = {
+        "tiny": "a model of under 1 M parameters, built and cached at first use; for trying things",
+        "PATH": "a folder written by transformers' save_pretrained, or by `pz-agents train`",
+        "openai:NAME@URL": "a model behind an OpenAI-compatible server, e.g. vLLM; not trainable",
+        "scripted:A|B": "says A, then B, and again; for tests",
+    }
+    for name, text in rows.items():
+        print(f"{name:<16} {text}")
+
+
+@app.command()
+def agents() -> None:
+    """List the agents that --agent takes, and the training algorithms."""
+    from pz_agents.algorithms import ALGORITHMS
+    from pz_agents.sdk.loading import BUILT_IN, agent_names
+
+    for name in agent_names():
+        print(f"{name:<16} {BUILT_IN.get(name, 'installed')}")
+    for name, place in ALGORITHMS.items():
+        print(f"{name:<16} {place} (train)")
+    print("or your own: package.module:Name, path/file.py:Name")
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    """Set ``a.b=value`` in ``values``; the value is read as YAML, so 1e-4 and [1, 2] work."""
+    import yaml
+
+    from pz_envs.errors import ConfigError
+
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"a setting is KEY=VALUE, e.g. --set group_size=16; got `{assignment}`")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {assignment}: `{parent}` is a single value")
+        values = inner
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment}: not a YAML value ({error})") from error
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    values[last] = value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: settings, the learner over TRL, checkpoints that resume, metrics."""

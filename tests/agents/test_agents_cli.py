@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from pz_agents.cli import main
+from pz_agents.models.recipe import Recipe
+from pz_agents.models.tiny import tiny_config, tiny_tokenizer
+
+pytestmark = pytest.mark.timeout(240)
+
+SMALL = (
+    "--set",
+    "groups_per_step=1",
+    "--set",
+    "group_size=2",
+    "--set",
+    "max_new_tokens=3",
+    "--set",
+    "learning_rate=1e-3",
+)
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Done]:
+    """Run the command line in this process."""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["pz-agents", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Done(int(stop.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pz_agents.cli", *arguments]
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("micro") / "model"
+    torch.manual_seed(0)
+    recipe = Recipe(layers=1, hidden=32, key_value_heads=1, feed_forward=32, context=128)
+    Qwen2ForCausalLM(tiny_config(recipe)).save_pretrained(folder)
+    tiny_tokenizer(recipe.context).save_pretrained(folder)
+    return folder
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['pz-agents', '--help']\n"
+        "from pz_agents.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "heavy = {'torch', 'transformers', 'trl', 'gymnasium', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("train", "eval", "models", "agents"):
+        assert name in done.stdout
+
+
+def test_listings_name_agents_algorithms_and_models(run):
+    listed = run("agents").stdout
+    for name in ("random", "expert", "zeroshot", "best-of-n", "grpo"):
+        assert name in listed
+    assert "tiny" in run("models").stdout
+
+
+def test_the_resolved_configuration_is_printed_and_set_goes_deep(run):
+    done = run(
+        "train", "--preset", "tiny-countdown", "--steps", "7", "--print-config",
+        "--set", "options.beta=0.04", "--set", "learning_rate=2e-4",
+        "--set", "env_kwargs.numbers=[3]",
+    )  # fmt: skip
+    config = json.loads(done.stdout)
+    assert config["steps"] == 7
+    assert config["learning_rate"] == 2e-4
+    assert config["options"]["beta"] == 0.04
+    assert config["options"]["clip_high"] == 0.2
+    assert config["env_kwargs"]["numbers"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--env", "pz/Countdown-v0", "--steps", "1"], 2, "add --out DIR"),
+        (["--env", "pz/Countdown-v0", "--steps", "0"], 2, "greater than or equal to 1"),
+        (["--steps", "1"], 2, "`env`"),
+        (["--preset", "tiny-countdow"], 2, "Did you mean `tiny-countdown`"),
+        (["--env", "e", "--steps", "1", "--set", "sed=1"], 2, "Did you mean `seed`"),
+        (["--env", "e", "--steps", "1", "--set", "seed"], 2, "KEY=VALUE"),
+        (["--env", "pz/Countdwn-v0", "--steps", "1", "--out", "{out}", "--model", "{micro}"], 2,
+         "Did you mean `pz/Countdown-v0`"),
+        (["--env", "pz/Countdown-v0", "--steps", "1", "--out", "{out}", "--model", "/none"], 1,
+         "No model `/none`"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
+    run, micro, tmp_path, arguments, code, words
+):
+    filled = [text.format(out=tmp_path / "run", micro=micro) for text in arguments]
+    done = run("train", *filled)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_training_ends_with_a_policy_that_can_be_evaluated(run, micro, tmp_path):
+    out = tmp_path / "run"
+    arguments = (
+        "train", "--env", "pz/Countdown-v0", "--model", str(micro), "--steps", "2",
+        "--out", str(out), *SMALL,
+    )  # fmt: skip
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"policy: {out / 'policy'}\n"
+    assert "step 2/2 | reward" in done.stderr
+    assert "usable 0/1" in done.stderr
+    again = run(*arguments)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+
+    done = run(
+        "eval", "--env", "pz/Countdown-v0", "--model", str(out / "policy"), "-n", "3",
+        "--set", "max_new_tokens=3", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["episodes"] == 3
+    assert 3 <= figures["sampled_tokens"] <= 9
+
+
+def test_the_expert_is_evaluated_without_a_model(run):
+    done = run(
+        "eval", "--agent", "expert", "--env", "pz/Countdown-v0", "-n", "4", "--json",
+        "--env-set", "numbers=[3]",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["success"] == 1.0
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_130_with_a_checkpoint_and_the_same_command_goes_on(micro, tmp_path):
+    out = tmp_path / "run"
+    arguments = command(
+        "train", "--env", "pz/Countdown-v0", "--model", str(micro), "--steps", "60",
+        "--out", str(out), *SMALL, "--set", "save_every=1000",
+    )  # fmt: skip
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "The same command goes on from it" in rest
+    (saved,) = (out / "checkpoints").iterdir()
+    began = time.time()
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = next(line for line in done.stderr.splitlines() if line.startswith("step "))
+    assert int(first.split("/")[0].split()[1]) == int(saved.name.split("_")[1]) + 1
+    assert time.time() - began < 200

@@ -1,0 +1,141 @@
+"""GRPO learns what can be learned, and only that: toy environments, a model from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs pz-agents[train]")
+
+from transformers import Qwen2ForCausalLM
+
+from pz_agents.algorithms.grpo import GRPO, Options
+from pz_agents.models.recipe import Recipe
+from pz_agents.models.tiny import tiny_config, tiny_tokenizer
+from pz_agents.models.transformers import TransformersModel
+from pz_agents.prompting.agents import ZeroShot
+from pz_agents.rollout import Limits, RolloutContext, Task
+from pz_agents.training.settings import TrainSettings
+from pz_agents.training.trl_learner import Learner
+from pz_envs.textenv import Outcome, TextEnv
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Bandit(TextEnv):
+    """One pull: characters fall into four classes by their code, and class 2 pays."""
+
+    family = "toy"
+
+    def _start(self, seed, options):
+        self._task_id, self._max_score = "bandit", 1.0
+        return Outcome("Pull.", 0.0)
+
+    def _advance(self, command):
+        won = ord(command[0]) % 4 == 2
+        return Outcome("Done.", float(won), float(won), terminated=True, success=won)
+
+
+class Echo(TextEnv):
+    """Three turns, each asking for a character whose code is even (A) or odd (B)."""
+
+    family = "toy"
+
+    def _start(self, seed, options):
+        self._task_id, self._max_score = "echo", 3.0
+        self._wanted = [(seed >> turn) % 2 for turn in range(3)]
+        self._turn, self._right = 0, 0
+        return Outcome("AB"[self._wanted[0]], 0.0)
+
+    def _advance(self, command):
+        right = ord(command[0]) % 2 == self._wanted[self._turn]
+        self._right += right
+        self._turn += 1
+        over = self._turn == 3
+        return Outcome(
+            "." if over else "AB"[self._wanted[self._turn]],
+            float(self._right),
+            float(right),
+            terminated=over,
+            success=self._right == 3,
+        )
+
+
+def learn(make_env, folder, *, steps, seed=0, turns=1, change=lambda rows, step: rows):
+    """Train a fresh micro model; return the success rate of each step's episodes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    recipe = Recipe(layers=1, hidden=32, key_value_heads=1, feed_forward=64, context=64)
+    Qwen2ForCausalLM(tiny_config(recipe)).save_pretrained(folder / "model")
+    tiny_tokenizer(recipe.context).save_pretrained(folder / "model")
+    model = TransformersModel(folder / "model", device="cpu")
+    settings = TrainSettings(
+        env="toy", steps=steps, seed=seed, learning_rate=5e-3, max_new_tokens=1, max_turns=turns
+    )
+    context = RolloutContext(
+        agent=ZeroShot(model, max_new_tokens=1),
+        make_env=lambda env_id: make_env(),
+        limits=Limits(turns=turns),
+        seed=seed,
+        concurrency=32,
+        group_size=16,
+    )
+    success = []
+
+    def collect(step):
+        tasks = [Task("toy", 1000 * step + number, f"{step}/{number}") for number in range(4)]
+        played = sorted(
+            GRPO.program(context, tasks), key=lambda item: (item.group_id, item.attempt)
+        )
+        success.append(float(np.mean([item.success for item in played])))
+        return change(played, step)
+
+    learner = Learner(
+        model.network, model.chat.tokenizer, settings, partial(GRPO.loss, options=Options())
+    )
+    learner.run(1, steps, collect, lambda step, metrics: True, folder)
+    return success
+
+
+def as_played(played, step):
+    return GRPO.credit(played, Options()).rows
+
+
+def with_shuffled_rewards(played, step):
+    rewards = np.random.default_rng(step).permutation([item.reward for item in played])
+    shuffled = [replace(item, reward=r) for item, r in zip(played, rewards, strict=True)]
+    return GRPO.credit(shuffled, Options()).rows
+
+
+def with_inverted_masks(played, step):
+    """Train what the environment said instead of what the policy did."""
+    rows = []
+    for row in as_played(played, step):
+        mask = ~row.mask
+        mask[0] = False
+        advantages = np.where(mask, row.advantages.sum() / row.mask.sum(), 0.0)
+        rows.append(replace(row, mask=mask, advantages=advantages.astype(np.float32)))
+    return rows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_bandit_is_solved(tmp_path, seed):
+    success = learn(Bandit, tmp_path, steps=120, seed=seed, change=as_played)
+    assert np.mean(success[:3]) < 0.5
+    assert np.mean(success[-10:]) >= 0.95
+
+
+def test_three_turns_are_learned_from_the_return_of_the_episode(tmp_path):
+    success = learn(Echo, tmp_path, steps=250, turns=3, change=as_played)
+    assert np.mean(success[:5]) < 0.4
+    assert np.mean(success[-10:]) >= 0.9
+
+
+@pytest.mark.parametrize("change", [with_shuffled_rewards, with_inverted_masks])
+def test_shuffled_rewards_and_inverted_masks_do_not_learn(tmp_path, change):
+    success = learn(Bandit, tmp_path, steps=120, change=change)
+    assert np.mean(success[-10:]) < 0.7
