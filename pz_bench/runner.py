@@ -1,0 +1,304 @@
+"""The runner: which cells are owed, and a pool of child processes that measures them.
+
+Every cell has its own process and its own folder, so a crash costs one cell and ``kill -9`` at any
+moment costs at most the episode that was being written. A cell whose process crashes is tried once
+more. Longest cells go first; a model that has to be built is built once, beside the cells that do
+not need it. Children end with the runner, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pz_bench import store
+from pz_bench.cell import CellSpec, cell_id, identity, is_trained
+from pz_bench.cell_process import DONE, FAILED, LOCKED, PROGRESS
+
+State = Literal["owed", "running", "done", "failed", "locked", "not_run"]
+
+ATTEMPTS = 2
+_GRACE_SECONDS = 30.0
+_POLL_SECONDS = 0.1
+_LOG_LINES = 15
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(slots=True)
+class Job:
+    """One cell of a run and where it stands; the runner moves ``state`` along.
+
+    ``reason`` and ``command`` say why a cell could not be run or has failed.
+    """
+
+    spec: CellSpec
+    id: str
+    parts: Mapping[str, Any]
+    state: State
+    reason: str | None = None
+    command: str | None = None
+    attempts: int = 0
+    began: float = 0.0
+    seconds: float = 0.0
+    progress: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Board:
+    """What a view of a run shows: every job, and how far the building of ``tiny`` is, if it is."""
+
+    jobs: Sequence[Job]
+    building: Mapping[str, Any] | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def counts(self) -> Counter[str]:
+        """Return how many jobs are in each state."""
+        return Counter(job.state for job in self.jobs)
+
+
+View = Callable[[Board, Job | None], None]
+"""Called a few times a second with None, and with each job that has just ended."""
+
+
+def plan(runs: Path, specs: Sequence[CellSpec], *, retry_failed: bool = False) -> list[Job]:
+    """Compare ``specs`` with the store.
+
+    Args:
+        runs: the store.
+        specs: the cells wanted.
+        retry_failed: owe failed cells, and failed episodes of done cells, again.
+
+    Raises:
+        ConfigError: a cell cannot exist (no such agent file, environment, model).
+        DataError: a file of the store is broken.
+    """
+    return [_job(runs, spec, retry_failed) for spec in specs]
+
+
+def _job(runs: Path, spec: CellSpec, retry_failed: bool) -> Job:
+    parts = identity(spec)
+    job = Job(spec, cell_id(parts), parts, "owed")
+    folder = store.cell_folder(runs, job.id)
+    if (folder / store.CELL).exists():
+        cell = store.read_cell(folder)
+        if cell.status in {"done", "failed"}:
+            job.state, job.reason = ("done" if cell.status == "done" else "failed"), cell.reason
+            if retry_failed and _has_failures(folder, cell):
+                job.state, job.reason = "owed", None
+    if job.state == "owed" and (why := unavailable(spec)) is not None:
+        job.state, (job.reason, job.command) = "not_run", why
+    return job
+
+
+def _has_failures(folder: Path, cell: store.CellFile) -> bool:
+    if cell.status == "failed":
+        return True
+    return any(episode.status == "failed" for episode in store.read_episodes(folder))
+
+
+def unavailable(spec: CellSpec) -> tuple[str, str | None] | None:
+    """Return why a cell cannot be run here and the command that would change it, else None."""
+    from pz_envs.catalog import find, missing
+
+    row = find(spec.env)
+    if spec.algorithm == "expert" and not row.expert:
+        return f"No expert is known for {row.id}.", None
+    sentence = missing(row)
+    if sentence is None:
+        return None
+    reason, _, command = sentence.rpartition(": ")
+    if not command.startswith(("pz-envs ", "pip ")):
+        return sentence, None
+    return reason.rpartition(". ")[0] + ".", command
+
+
+def expected_cost(spec: CellSpec) -> float:
+    """Return a cell's rough cost, only to order cells: trained, then model, then the rest."""
+    turns = spec.episodes * spec.max_turns
+    return turns * (1000.0 if is_trained(spec.algorithm) else 30.0 if spec.model else 1.0)
+
+
+def run_jobs(runs: Path, jobs: Sequence[Job], *, workers: int, view: View) -> Board:
+    """Measure every job that is ``owed`` and return how all of them stand.
+
+    Raises:
+        KeyboardInterrupt: after the children have saved their state and ended.
+    """
+    board = Board(jobs)
+    pool = _Pool(runs, board, workers, view)
+    try:
+        pool.run()
+    finally:
+        pool.stop()
+    return board
+
+
+@dataclass(slots=True)
+class _Child:
+    """A running process: of a job, or, without one, of the building of ``tiny``."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    log: IO[bytes]
+    job: Job | None = None
+
+
+class _Pool:
+    """The children of one run."""
+
+    def __init__(self, runs: Path, board: Board, workers: int, view: View) -> None:
+        self._runs = runs
+        self._board = board
+        self._workers = max(workers, 1)
+        self._view = view
+        self._children: list[_Child] = []
+        owed = [job for job in board.jobs if job.state == "owed"]
+        self._queue = sorted(owed, key=lambda job: -expected_cost(job.spec))
+        self._must_build = any(job.spec.model == "tiny" for job in owed) and not _tiny_is_built()
+
+    def run(self) -> None:
+        while self._queue or self._children:
+            self._start_more()
+            for child in list(self._children):
+                self._look_at(child)
+            builder = self._builder()
+            self._board.building = None if builder is None else _read_progress(builder.folder)
+            self._view(self._board, None)
+            if self._children:
+                time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """End the children: first asked to save, then killed with whatever they started."""
+        for child in self._children:
+            child.process.terminate()
+        give_up = time.monotonic() + _GRACE_SECONDS
+        for child in self._children:
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                child.process.wait(max(give_up - time.monotonic(), 0.0))
+            _kill_group(child.process)
+            child.process.wait()
+            _close(child)
+        self._children.clear()
+
+    def _start_more(self) -> None:
+        while len(self._children) < self._workers:
+            if self._must_build:
+                self._must_build = False
+                self._children.append(_spawn(self._runs / "models" / "tiny", "--build-tiny"))
+                continue
+            waiting = "tiny" if self._builder() is not None else ""
+            ready = next((job for job in self._queue if job.spec.model != waiting), None)
+            if ready is None:
+                return
+            self._queue.remove(ready)
+            self._start(ready)
+
+    def _builder(self) -> _Child | None:
+        return next((child for child in self._children if child.job is None), None)
+
+    def _start(self, job: Job) -> None:
+        folder = store.create_cell(self._runs, job.spec, job.parts)
+        if store.read_cell(folder).status != "partial":
+            store.reopen_cell(folder)
+        job.state, job.began, job.attempts = "running", time.monotonic(), job.attempts + 1
+        self._children.append(_spawn(folder, job=job))
+
+    def _look_at(self, child: _Child) -> None:
+        code = child.process.poll()
+        if child.job is not None:
+            child.job.progress = _read_progress(child.folder)
+            child.job.seconds = time.monotonic() - child.job.began
+        if code is None:
+            return
+        self._children.remove(child)
+        _kill_group(child.process)
+        _close(child)
+        if child.job is not None:
+            self._settle(child.job, child.folder, code)
+
+    def _settle(self, job: Job, folder: Path, code: int) -> None:
+        """Decide a job's next state from how its process ended."""
+        if code == LOCKED:
+            job.state, job.reason = "locked", "another process is measuring it"
+        elif code in (DONE, FAILED):
+            cell = store.read_cell(folder)
+            job.state = "done" if cell.status == "done" else "failed"
+            job.reason = cell.reason
+        elif job.attempts < ATTEMPTS:
+            job.state = "owed"
+            self._queue.append(job)
+            return
+        else:
+            log = folder / "log.txt"
+            job.state = "failed"
+            job.reason = f"its process ended {_ending(code)}, twice. {log} ends: {_tail(log)}"
+            store.finish_cell(folder, "failed", reason=job.reason)
+        self._view(self._board, job)
+
+
+def _tiny_is_built() -> bool:
+    from pz_agents.models.recipe import recipe_hash
+    from pz_envs.datasets import cache_dir
+
+    return (cache_dir() / "models" / f"tiny-{recipe_hash()}").is_dir()
+
+
+def _spawn(folder: Path, *arguments: str, job: Job | None = None) -> _Child:
+    """Start a child in a process group of its own, tied to this process by its standard input."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = open(folder / "log.txt", "ab")  # noqa: SIM115  (closed when the child has ended)
+    command = [sys.executable, "-m", "pz_bench.cell_process", str(folder), "--with-parent"]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        env={**dict.fromkeys(_ONE_THREAD, "1"), **os.environ},
+        start_new_session=True,
+    )
+    return _Child(process, folder, log, job)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _close(child: _Child) -> None:
+    if child.process.stdin is not None:
+        child.process.stdin.close()
+    child.log.close()
+
+
+def _read_progress(folder: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads((folder / PROGRESS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"with code {code}"
+    with contextlib.suppress(ValueError):
+        return f"by {signal.Signals(-code).name}"
+    return f"by signal {-code}"
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return "(no log)"
+    return "\n".join(lines[-_LOG_LINES:]) or "(empty)"
