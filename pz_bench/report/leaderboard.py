@@ -8,6 +8,7 @@ none computes. The same cells in any order give the same leaderboard.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,8 +117,13 @@ def build(results: Sequence[CellResult], suite: str, title: str = "") -> Leaderb
     cells, left_out = grouping.one_per_slot(results)
     columns = grouping.grouped(cells, grouping.column)
     seeds = {name: tuple(sorted({cell.spec.seed for cell in columns[name]})) for name in columns}
+    ids = Counter(columns[name][0].spec.env for name in columns)
     environments = sorted(
-        (_environment(name, columns[name][0], seeds[name]) for name in columns), key=_catalog_order
+        (
+            _environment(name, columns[name][0], seeds[name], ids[columns[name][0].spec.env] == 1)
+            for name in columns
+        ),
+        key=_catalog_order,
     )
     lines = {
         label: grouping.grouped(line, grouping.column) for label, line in grouping.labelled(cells)
@@ -136,13 +142,16 @@ def build(results: Sequence[CellResult], suite: str, title: str = "") -> Leaderb
     )
 
 
-def _environment(name: str, cell: CellResult, seeds: tuple[int, ...]) -> Environment:
+def _environment(
+    name: str, cell: CellResult, seeds: tuple[int, ...], only_one: bool
+) -> Environment:
+    """Return a column; its short name says no arguments when its id stands in it alone."""
     row = catalog.find(cell.spec.env)
     family = catalog.FAMILIES[row.family]
     return Environment(
         name=name,
         id=row.id,
-        short=name.removeprefix("pz/").replace("-v0", ""),
+        short=(row.id if only_one else name).removeprefix("pz/").replace("-v0", ""),
         family=family.name,
         family_title=family.title,
         metric=row.metric,

@@ -221,6 +221,9 @@ def notes(board: Leaderboard) -> list[str]:
             "Anchors show the range and have no rank: random acts at random, expert plays the "
             "known solution."
         )
+    found += [
+        f"{each.short} is {each.name}." for each in board.environments if each.name != each.id
+    ]
     if any(row.tiny for row in board.rows):
         found.append(f"Rows marked {scores.TINY_LABEL}.")
     return found
