@@ -6,6 +6,7 @@ of doing the same episodes on the same machine; they are medians of interleaved 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import tempfile
@@ -161,6 +162,10 @@ def two_jericho_workers() -> None:
     if reason is not None:
         print(f"{name:64} not measured: {reason}")
         return
+
+    def make(env_id: str) -> TextEnv:
+        return catalog.make_env("pz/Detective-v0", admissible_commands=True)
+
     before = os.environ.get("PZ_CACHE")
     ratios = []
     for _ in range(PAIRS):
@@ -168,15 +173,15 @@ def two_jericho_workers() -> None:
         for workers in (1, 2):
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["PZ_CACHE"] = folder  # neither side may read what the other found
+                with contextlib.closing(make("pz/Detective-v0")) as env:
+                    env.reset(seed=0)  # what is found once for a story is nobody's step
                 seconds.append(
                     seconds_of(
                         load_agent("random"),
-                        lambda env_id: catalog.make_env(
-                            "pz/Detective-v0", admissible_commands=True
-                        ),
-                        8,
+                        make,
+                        12,
                         workers,
-                        turns=15,
+                        turns=25,
                     )
                 )
         ratios.append(seconds[0] / seconds[1])

@@ -2,7 +2,8 @@
 
 Every environment steps on its own thread; the agent is called, in the caller's thread, on whichever
 turns are ready. Turns wait a moment for environments that are usually quick, so that with quick
-environments the batches, and not only the random streams, are the same in every run. An episode
+environments the batches, and not only the random streams, are the same in every run; an agent that
+answers at once gains nothing from batches and is asked without waiting. An episode
 that breaks is yielded as ``failed`` and counted; it never stops the others, until failures are
 so many that the run itself is broken. Every limit is finite.
 """
@@ -34,6 +35,7 @@ _FAILURE_WINDOW = 256
 _QUICK_SECONDS = 0.05
 _PATIENCE_SECONDS = 0.25
 _LONGEST_LINGER = 0.05
+_AT_ONCE_SECONDS = 0.002
 _CLOSE_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
@@ -127,7 +129,7 @@ class _Rollout:
         self._order = itertools.count()
         self._paces: dict[str, _Pace] = {}
         self._first_ready = 0.0
-        self._agent_seconds = 0.0
+        self._agent_seconds: float | None = None
         self._suspended = 0.0
         self._recent: deque[bool] = deque(maxlen=_FAILURE_WINDOW)
         # Quick failures may outrun the successes that are still under way.
@@ -224,7 +226,9 @@ class _Rollout:
             return self._now()
         if len(busy) == len(self._live):
             return min(self._overdue_at(live) for live in busy)
-        linger = self._first_ready + min(self._agent_seconds / 4, _LONGEST_LINGER)
+        if self._agent_seconds is not None and self._agent_seconds < _AT_ONCE_SECONDS:
+            return self._first_ready
+        linger = self._first_ready + min((self._agent_seconds or 0.0) / 4, _LONGEST_LINGER)
         steady = [live for live in busy if self._pace(live.spec.env_id).steady]
         return max([linger, *(live.asked + _PATIENCE_SECONDS for live in steady)])
 

@@ -9,12 +9,14 @@ only what the story's grammar makes redundant: other wordings of the same action
 of objects, ``all`` where the grammar takes one object, and names that the parser has refused twice
 in the same words for a sentence of the same kinds of objects. What it can miss so: a routine that
 looks at the very verb typed. ``fast`` also leaves out templates that neither occur in the game's
-walkthrough nor had an effect at 24 states along it (so its list draws on the walkthrough; a game
-without one keeps every template), and two-object sentences with ``all`` or in which nothing is
-held. Neither lists what the input rules refuse (``save``, ``quit``).
+walkthrough nor had an effect at states sampled along it, so its list draws on the walkthrough (a
+game without one keeps every template); and two-object sentences with ``all`` or nothing held.
+Neither lists what the input rules refuse (``quit``).
 
-A list depends on the state and the story alone, never on what was tried before: chance is held
-still, so a list does not tell the next roll of the dice.
+A searched list depends on the state and the story alone, never on what was tried before: chance is
+held still, so a list does not tell the next roll of the dice. A cached list is that of the first
+state met with the same world (object tree without Jericho's noise, special memory) and the same
+``look`` and ``inventory``; a hidden counter that none of these shows is not told apart.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ _BATCH = 256
 """Commands tried between two looks at the clock."""
 _EARLY_BATCH = 16
 """The same while every two-object sentence may teach something about the next."""
-_PRIOR_STATES = 24
-"""States along the walkthrough at which templates are tried for the fast mode."""
+_PRIOR_TRIES = 8000
+"""Commands tried along the walkthrough, over all its sampled states, for the fast mode."""
+_PRIOR_STATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class AdmissibleCommands:
         self._priors: dict[bytes, tuple[str, ...]] = {}
         self._guide: tuple[AdmissibleCommands, list[Any]] | None = None
         self._counts_turns = False
+        self._tries = 0
 
     def commands(self) -> tuple[str, ...] | None:
         """Return the current state's commands, plainest first, or None when time ran out.
@@ -203,12 +207,14 @@ class AdmissibleCommands:
         """Return effect → (plainest command, the templates that have it)."""
         in_reach = self._things(surroundings, deadline)
         refusals = Refusals()
+        self._tries = 0
         found: dict[bytes, tuple[str, list[str]]] = {}
         for batch in _batches(templates, in_reach, refusals, frugal):
             if time.monotonic() > deadline:
                 raise _OutOfTime
             commands = [_fill(template, names) for template, names in batch]
             outcomes = self._probe.attempt(commands)
+            self._tries += len(commands)
             for (template, names), command, outcome in zip(batch, commands, outcomes, strict=True):
                 effect, refused, reply = outcome
                 if not self._counts_turns or not names:
@@ -224,11 +230,11 @@ class AdmissibleCommands:
         return found
 
     def _likely_templates(self, deadline: float) -> frozenset[str]:
-        """Return the templates with an effect somewhere along the walkthrough.
+        """Return the templates that the walkthrough uses, or with an effect somewhere along it.
 
-        They are found once for a story, by the frugal search with every template at evenly spaced
-        states of the walkthrough, on an engine of its own. What each state says is cached, so that
-        a search which ran out of time goes on where it stopped.
+        The latter are found once for a story, by the frugal search at states spread over the
+        walkthrough, on an engine of its own. What each state says is cached, so that a search
+        which ran out of time goes on where it stopped.
         """
         if self._likely is None:
             length = self._story.vocabulary.length
@@ -241,16 +247,20 @@ class AdmissibleCommands:
                 for item in self._story.templates
                 if item.signature is None or _spelled_out(item, steps, length)
             }
-            for index in range(_PRIOR_STATES if self._story.walkthrough else 0):
-                likely.update(self._prior(index, deadline))
             if not self._story.walkthrough:
                 likely = {item.text for item in self._story.templates}
+            tries = 0
+            for index in range(_PRIOR_STATES if self._story.walkthrough else 0):
+                if tries < _PRIOR_TRIES:
+                    count, *found = self._prior(index, deadline)
+                    tries += int(count)
+                    likely.update(found)
             self._likely = frozenset(likely)
             self._guide = None
         return self._likely
 
     def _prior(self, index: int, deadline: float) -> tuple[str, ...]:
-        """Return the templates with an effect at one state of the walkthrough."""
+        """Return how many commands were tried at one state of the walkthrough, and what worked."""
         name = f"{self._md5} {self._engine} prior {index} of {_PRIOR_STATES}"
         key = hashlib.blake2b(name.encode(), digest_size=16).digest()
         found = self._cache.get(key) if self._cache is not None else self._priors.get(key)
@@ -259,14 +269,16 @@ class AdmissibleCommands:
         if self._guide is None:
             self._guide = self._walk()
         walker, states = self._guide
-        walker._frotz.set_state(states[index * len(states) // _PRIOR_STATES])
+        # Bits reversed: wherever the tries run out, the states are spread over the whole way.
+        place = int(f"{index:06b}"[::-1], 2)
+        walker._frotz.set_state(states[place * len(states) // _PRIOR_STATES])
+        templates = self._story.templates
         with walker._probe.remembered():
-            surroundings = walker._surroundings()
-            effects = walker._effects(self._story.templates, surroundings, deadline, frugal=True)
-        # What half the templates do is the passing of time, not their own doing.
-        most = len(self._story.templates) // 4
+            effects = walker._effects(templates, walker._surroundings(), deadline, frugal=True)
+        # What many templates do is the passing of time, not their own doing.
+        most = len(templates) // 4
         told = {text for _, texts in effects.values() if len(set(texts)) <= most for text in texts}
-        found = tuple(sorted(told))
+        found = (str(walker._tries), *sorted(told))
         self._priors[key] = found
         if self._cache is not None:
             self._cache.put(key, found)
@@ -314,6 +326,9 @@ def _batches(
 
     The first templates of each signature go ahead, since they teach most.
     """
+    fillings = {
+        many: _fillings(many, in_reach, frugal) for many in {item.many for item in templates}
+    }
     for holes in range(3):
         waves: list[list[Template]] = [[] for _ in range(ENOUGH + 1)]
         seen: Counter[int] = Counter()
@@ -327,7 +342,7 @@ def _batches(
             early = holes == 2 and number < ENOUGH
             batch: list[Attempt] = []
             for template in wave:
-                for row in _fillings(template, in_reach, frugal):
+                for row in fillings[template.many]:
                     batch += [(template, names) for names in refusals.left(template, row)]
                     if len(batch) >= (_EARLY_BATCH if early else _BATCH):
                         yield batch
@@ -340,24 +355,28 @@ def _batches(
 
 
 def _fillings(
-    template: Template, in_reach: Sequence[Thing], frugal: bool
-) -> Iterator[list[tuple[str, ...]]]:
-    """Yield the names to fill a template's holes with, in rows with the same first name."""
-    if template.holes == 0:
-        yield [()]
-        return
+    many: tuple[bool, ...], in_reach: Sequence[Thing], frugal: bool
+) -> list[list[tuple[str, ...]]]:
+    """Return the names to fill holes with, in rows with the same first name.
+
+    Args:
+        many: per hole, whether ``all`` may fill it.
+        in_reach: the things to name.
+        frugal: of two things, one must be held.
+    """
+    if not many:
+        return [[()]]
     names = [thing.name for thing in in_reach]
-    choices = [[*names, ALL] if many else names for many in template.many]
-    if template.holes == 1:
-        yield [(name,) for name in choices[0]]
-        return
+    choices = [[*names, ALL] if each else names for each in many]
+    if len(many) == 1:
+        return [[(name,) for name in choices[0]]]
+    if not frugal:
+        return [[(one, two) for two in choices[1] if one != two] for one in choices[0]]
     held = {thing.name for thing in in_reach if thing.held}
-    for first in names if frugal else choices[0]:
-        yield [
-            (first, second)
-            for second in (names if frugal else choices[1])
-            if first != second and (not frugal or first in held or second in held)
-        ]
+    return [
+        [(one, two) for two in names if one != two and (one in held or two in held)]
+        for one in names
+    ]
 
 
 def _spelled_out(template: Template, walkthrough: Sequence[str], length: int) -> bool:

@@ -116,7 +116,7 @@ class Engine:
         )
         self._memory = ctypes.create_string_buffer(self._lib.getRAMSize())
         self._lister: Any = None
-        if commands is not None and not self._mit:
+        if commands is not None:
             self._frotz.act_gen = _templates(game.md5)
             self._lister = _lister(self._frotz, md5, commands, timeout_s)
         self._score = 0

@@ -1,10 +1,9 @@
 """Try commands on a live Jericho engine and take them back, at little more than their own cost.
 
 A probe remembers one state and restores it after every attempt from buffers it keeps. It also
-restores what Jericho's state tuple leaves out (the cached score and move count of games that read
-them from the status line) and keeps attempts out of the interpreter's undo history, so that a
-player's ``undo`` never lands in an attempt. Chance is held still: every attempt from a remembered
-state starts from the same fixed random number.
+restores what Jericho's state tuple leaves out: the cached score and move count of games that read
+them from the status line. Chance is held still: every attempt from a remembered state starts from
+the same fixed random number.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 from pz_envs.jericho import zloop
 from pz_envs.jericho.objects import ObjectTable
 
-_UNDO_SLOTS = 500
 _RANDOM_NUMBER = 20_241_121
 _TAKEN = b"(Taken)"
 _CHANGES = ("move_diff_cnt", "attr_diff_cnt", "attr_clr_cnt", "ram_diff_cnt")
@@ -68,9 +66,6 @@ class Probe:
         self._frames = ctypes.c_ushort.in_dll(lib, "frame_count")
         self._cached = [ctypes.c_int.in_dll(lib, name) for name in ("score", "move_count")]
         self._changes = [ctypes.c_int.in_dll(lib, name) for name in _CHANGES]
-        setup = (ctypes.c_int * 12).in_dll(lib, "f_setup")
-        slots = [index for index, value in enumerate(setup) if value == _UNDO_SLOTS]
-        self._undo = (setup, slots[0]) if len(slots) == 1 else None
         self._known = max(0, lib.get_num_world_objs())
         self._raw = self._raw_tree() if not self._known else None
         self._tree_size = ctypes.sizeof(self._frotz.get_world_objects())
@@ -114,21 +109,14 @@ class Probe:
         state = self._frotz.get_state()
         cached = [variable.value for variable in (*self._cached, *self._changes)]
         self._remember(state)
-        self._allow_undo(False)
         try:
             yield
         finally:
             if self._lib.halted():
                 self._revive()
-            self._allow_undo(True)
             self._frotz.set_state(state)
             for variable, value in zip((*self._cached, *self._changes), cached, strict=True):
                 variable.value = value
-
-    def _allow_undo(self, allowed: bool) -> None:
-        if self._undo is not None:
-            setup, slot = self._undo
-            setup[slot] = _UNDO_SLOTS if allowed else 0
 
     def _remember(self, state: tuple[Any, ...]) -> None:
         ram, stack, *_, rng, _ = state
@@ -166,7 +154,6 @@ class Probe:
         """Start a halted interpreter again; its memory moves, so everything is found anew."""
         self._frotz.reset()
         self._bind()
-        self._allow_undo(False)
         self._frotz.set_state(self._state)
         self._point()
         self.restore()

@@ -90,7 +90,7 @@ def loop() -> ctypes.CDLL | None:
     """Return the compiled loop, building it when needed; None without a working compiler."""
     if not sys.platform.startswith("linux"):
         return None
-    source = _SOURCE.read_bytes()
+    source = _SOURCE.read_bytes() + _SOURCE.with_name("zdecode.h").read_bytes()
     name = hashlib.blake2b(source + platform.machine().encode(), digest_size=8).hexdigest()
     path = cache_dir() / "jericho" / f"zloop-{name}.so"
     try:

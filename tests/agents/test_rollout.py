@@ -173,8 +173,12 @@ def test_concurrency_does_not_change_what_happens(concurrency):
     assert by_key(one) == by_key(many)
 
 
-def test_quick_environments_give_the_same_batches_in_every_run():
-    agents = [Scripted(random_numbers) for _ in range(2)]
+def test_quick_environments_give_a_model_the_same_batches_in_every_run():
+    def thinks(turn):
+        time.sleep(0.005)  # an agent that answers at once is asked without waiting
+        return random_numbers(turn)
+
+    agents = [Scripted(thinks) for _ in range(2)]
     for agent in agents:
         play(agent, 24, make_env=countdown, concurrency=8)
     assert agents[0].batches == agents[1].batches

@@ -173,18 +173,6 @@ def test_without_a_compiler_the_list_is_the_same(game, monkeypatch):
     assert lister(game).commands() == listed
 
 
-def test_attempts_stay_out_of_the_undo_history(tmp_path):
-    frotz = jericho.FrotzEnv(str(story("detective.z5")))
-    frotz.reset()
-    commands = lister(frotz)
-    frotz.step("take paper")
-    held = {thing.name for thing in frotz.get_inventory()}
-    frotz.step("west")
-    commands.commands()
-    frotz.step("undo")
-    assert {thing.name for thing in frotz.get_inventory()} == held
-
-
 def test_chance_does_not_change_the_list(game):
     commands = lister(game)
     first = commands.commands()

@@ -397,9 +397,19 @@ def test_listing_commands_does_not_change_the_game(
     assert plain._save() == listing._save()
 
 
-def test_release_119_lists_no_commands() -> None:
+def test_release_119_lists_commands_though_jericho_does_not_know_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PZ_CACHE", str(tmp_path))
     story = datasets.find_story(MIT_ZORK1_MD5)
     if story is None:
         pytest.skip("no copy of release 119")
-    env = JerichoEnv("zork1", story=story, isolated=False, admissible_commands=True)
-    assert env.reset(seed=1)[1]["admissible_commands"] is None
+    plain = JerichoEnv("zork1", story=story, isolated=False)
+    listing = JerichoEnv("zork1", story=story, isolated=False, admissible_commands=True)
+    assert plain.reset(seed=1)[0] == listing.reset(seed=1)[0]
+    for command in ("open mailbox", "take leaflet", "n", "e", "open window"):
+        assert plain.step(command)[:3] == listing.step(command)[:3]
+    assert plain._save() == listing._save()
+    listed = listing.reset(seed=1)[1]["admissible_commands"]
+    assert {"open mailbox", "north", "south", "west"} <= set(listed)
+    assert "take leaflet" not in listed
