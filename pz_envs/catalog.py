@@ -90,6 +90,15 @@ FAMILIES: Mapping[str, Family] = {
             extra="jericho",
             dataset="jericho",
         ),
+        Family(
+            name="webshop",
+            title="WebShop: buy what an instruction describes",
+            score=(
+                "The purchase's reward: the share of wanted attributes, options and price that it "
+                "meets, times a product-type factor; 0 when nothing is bought."
+            ),
+            success="The purchase's reward is 1.",
+        ),
     )
 }
 """Every family, by name."""
@@ -97,7 +106,7 @@ FAMILIES: Mapping[str, Family] = {
 
 @functools.cache
 def rows() -> tuple[EnvRow, ...]:
-    """Return every row: Countdown, then the games in order of their names."""
+    """Return every row: families without an engine first, then the games by name."""
     countdown = EnvRow(
         id="pz/Countdown-v0",
         family="countdown",
@@ -120,7 +129,16 @@ def rows() -> tuple[EnvRow, ...]:
         )
         for game in GAMES
     )
-    return (countdown, *games)
+    webshop = EnvRow(
+        id="pz/WebShop-v0",
+        family="webshop",
+        entry_point="pz_envs.webshop.env:WebShopEnv",
+        train_kwargs={"split": "train"},
+        eval_kwargs={"split": "test"},
+        metric="score_norm",
+        max_turns=15,
+    )
+    return (countdown, webshop, *games)
 
 
 def find(env_id: str) -> EnvRow:

@@ -24,12 +24,13 @@ def test_every_row_is_registered_once_with_no_step_limit() -> None:
         assert spec.kwargs == row.kwargs
 
 
-def test_the_table_holds_countdown_and_57_games() -> None:
+def test_the_table_holds_every_id_of_every_family() -> None:
     rows = pz_envs.rows()
     families = [row.family for row in rows]
     assert {name: families.count(name) for name in pz_envs.FAMILIES} == {
         "countdown": 1,
         "jericho": 57,
+        "webshop": 1,
     }
     assert len({row.id for row in rows}) == len(rows)
     ids = {row.id for row in rows}
