@@ -99,6 +99,25 @@ FAMILIES: Mapping[str, Family] = {
             ),
             success="The purchase's reward is 1.",
         ),
+        Family(
+            name="sokoban",
+            title="Sokoban",
+            score="The number of boxes on targets; score_norm divides by the number of boxes.",
+            success="Every box is on a target.",
+            dataset="boxoban",
+        ),
+        Family(
+            name="gymcards",
+            title="Card and number games of RL4VLM",
+            score=(
+                "NumberLine, EZPoints, Points24: 1 when the target is reached or the formula is "
+                "right, else 0. Blackjack: 1 for a win, 0 for a draw, -1 for a loss."
+            ),
+            success=(
+                "The target is reached (NumberLine), the formula is right (EZPoints, Points24), "
+                "the hand is won (Blackjack)."
+            ),
+        ),
     )
 }
 """Every family, by name."""
@@ -138,7 +157,49 @@ def rows() -> tuple[EnvRow, ...]:
         metric="score_norm",
         max_turns=15,
     )
-    return (countdown, webshop, *games)
+    sokoban = EnvRow(
+        id="pz/Sokoban-v0",
+        family="sokoban",
+        entry_point="pz_envs.sokoban.env:SokobanEnv",
+        train_kwargs={"split": "train"},
+        eval_kwargs={"split": "test"},
+    )
+    return (countdown, webshop, sokoban, *_cards(), *games)
+
+
+def _cards() -> tuple[EnvRow, ...]:
+    """Return the card games; where luck decides, the expert's score is the least it ends with."""
+    points = "pz_envs.gymcards.points:PointsEnv"
+    return (
+        EnvRow(
+            id="pz/NumberLine-v0",
+            family="gymcards",
+            entry_point="pz_envs.gymcards.numberline:NumberLineEnv",
+            max_turns=10,
+        ),
+        EnvRow(
+            id="pz/EZPoints-v0",
+            family="gymcards",
+            entry_point=points,
+            kwargs={"game": "ezpoints"},
+            max_turns=7,
+        ),
+        EnvRow(
+            id="pz/Points24-v0",
+            family="gymcards",
+            entry_point=points,
+            kwargs={"game": "points24"},
+            max_turns=22,
+            expert_score=0.0,
+        ),
+        EnvRow(
+            id="pz/Blackjack-v0",
+            family="gymcards",
+            entry_point="pz_envs.gymcards.blackjack:BlackjackEnv",
+            max_turns=22,
+            expert_score=-1.0,
+        ),
+    )
 
 
 def find(env_id: str) -> EnvRow:

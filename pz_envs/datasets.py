@@ -72,6 +72,23 @@ zork2.z5 abf145d22371f825f13388587d92632bcde90582698f774b896b123a90e1fb1e
 zork3.z5 dce7e6f757fb8379dea9da9c13cdda5412ba03fa9b70d79fb6b8c7faf5970692
 """
 
+_BOXOBAN = (
+    "https://raw.githubusercontent.com/google-deepmind/boxoban-levels/"
+    "78011d8c86ad423bfb2e1005012393b4c3c24409/"
+)
+_LEVEL_HASHES = """
+unfiltered/test/000.txt 272928a4e7c185fdf84daa523b298750b6ff08703cb0c20d3be7eff93acc5256
+unfiltered/train/000.txt 674dda499261deface252c90077ae67181b5c7704c235baf0dd0bd2d16bf072e
+unfiltered/train/001.txt 5da3fe47340a1ea2683af09e99b31b3d2c3454c29c9d746c3b72d9d78375a869
+unfiltered/valid/000.txt 52cd811af721d69eef71a4e3cfc40cd4f635269a8e26d42ec017aa43af02b8a9
+medium/train/000.txt b44e6dac95d03c0f29158252eafe7b1d97a3f3b447743a23617efa66e735167b
+medium/valid/000.txt b30ccde2aeb8192a0b49e53a016fe744ae4a67eb01560b1d0bec251695e03e5b
+hard/000.txt c320e8b1f5a26be7a85dff18147a7decae3c5e765c38ff56e30ebf8551d331f4
+hard/001.txt 713f1b629f44e5203eb129948778439f4ab417680a4c65d58bb7c6530d4988fb
+hard/002.txt 4e151e4e45fa3d1b2f2863d170b66fa97e103436cef7b98fd9cc23d1ddeec8bc
+hard/003.txt ed472bfcdcc06bb1c9a8ceeb2a6611842b182c019c04e95a4851fcdf70170e25
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
@@ -142,6 +159,16 @@ DATASETS: Mapping[str, Dataset] = {
                     _UFT + "test.parquet",
                     rows=1024,
                 ),
+            ),
+        ),
+        Dataset(
+            "boxoban",
+            "Boxoban levels (google-deepmind/boxoban-levels at 78011d8)",
+            "boxoban",
+            "Apache-2.0",
+            tuple(
+                DataFile(name, digest, _BOXOBAN + name)
+                for name, digest in (line.split() for line in _LEVEL_HASHES.split("\n") if line)
             ),
         ),
     )
