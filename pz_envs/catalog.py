@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
@@ -118,9 +118,34 @@ FAMILIES: Mapping[str, Family] = {
                 "the hand is won (Blackjack)."
             ),
         ),
+        Family(
+            name="math",
+            title="Mathematics questions",
+            score="1 when an answer was graded equal to the gold answer, else 0.",
+            success=(
+                "An answer is equal to the gold answer: as text, as an exact number, or by "
+                "math-verify."
+            ),
+            extra="math",
+            dataset="math",
+        ),
     )
 }
 """Every family, by name."""
+
+_EXTRA_MODULES = {"math": "math_verify"}
+"""What an extra installs, where the module is not called as the extra is."""
+
+_MATH_SETS = {
+    "DAPOMath": "dapo_math_17k",
+    "AIME24": "aime24",
+    "AIME25": "aime25",
+    "AMC23": "amc23",
+    "MATH500": "math500",
+    "GSM8K": "gsm8k",
+    "Minerva": "minerva_math",
+    "OlympiadBench": "olympiadbench",
+}
 
 
 @functools.cache
@@ -164,7 +189,7 @@ def rows() -> tuple[EnvRow, ...]:
         train_kwargs={"split": "train"},
         eval_kwargs={"split": "test"},
     )
-    return (countdown, webshop, sokoban, *_cards(), *games)
+    return (countdown, webshop, sokoban, *_cards(), *_maths(), *games)
 
 
 def _cards() -> tuple[EnvRow, ...]:
@@ -198,6 +223,31 @@ def _cards() -> tuple[EnvRow, ...]:
             entry_point="pz_envs.gymcards.blackjack:BlackjackEnv",
             max_turns=22,
             expert_score=-1.0,
+        ),
+    )
+
+
+def _maths() -> tuple[EnvRow, ...]:
+    """Return the generated questions, then the published sets."""
+    questions = EnvRow(
+        id="pz/Math-v0",
+        family="math",
+        entry_point="pz_envs.mathqa.env:MathEnv",
+        train_kwargs={"split": "train"},
+        eval_kwargs={"split": "test"},
+        max_turns=16,
+    )
+    return (
+        questions,
+        *(
+            replace(
+                questions,
+                id=f"pz/{camel}-v0",
+                kwargs={"dataset": name},
+                dataset="math",
+                extra="math",
+            )
+            for camel, name in _MATH_SETS.items()
         ),
     )
 
@@ -241,11 +291,15 @@ def missing(row: EnvRow) -> str | None:
     Raises:
         DataError: ``PZ_DATA`` names a folder that does not exist.
     """
-    if row.extra is not None and importlib.util.find_spec(row.extra) is None:
-        return (
-            f"The package `{row.extra}` is not installed. "
-            f"Install it: pip install 'pz-envs[{row.extra}]'"
-        )
+    if row.extra is not None:
+        module = _EXTRA_MODULES.get(row.extra, row.extra)
+        if importlib.util.find_spec(module) is None:
+            return (
+                f"The package `{module}` is not installed. "
+                f"Install it: pip install 'pz-envs[{row.extra}]'"
+            )
+    if row.family == "math" and row.dataset is not None:
+        return _missing_questions(row)
     return _missing_story(row) if row.family == "jericho" else None
 
 
@@ -293,6 +347,17 @@ def make_env(
 @functools.cache
 def _by_id() -> Mapping[str, EnvRow]:
     return {row.id: row for row in rows()}
+
+
+def _missing_questions(row: EnvRow) -> str | None:
+    from pz_envs.datasets import find_file
+    from pz_envs.mathqa.sets import SETS, advice
+
+    chosen = SETS[row.kwargs["dataset"]]
+    for names in chosen.files.values():
+        if not any(find_file("math", name) for name in names):
+            return advice(chosen, names)
+    return None
 
 
 def _missing_story(row: EnvRow) -> str | None:

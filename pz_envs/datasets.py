@@ -76,6 +76,55 @@ _BOXOBAN = (
     "https://raw.githubusercontent.com/google-deepmind/boxoban-levels/"
     "78011d8c86ad423bfb2e1005012393b4c3c24409/"
 )
+_HARNESS = "https://raw.githubusercontent.com/Zhuofeng-Li/math-evaluation-harness/"
+_HARNESS_A = _HARNESS + "ba004e3d9d6b74521cbad30a6c3dce3bd80aa427/data/"
+_HARNESS_B = _HARNESS + "1b9885d817962a8494728376625ce6605772edbd/data/"
+_GSM8K_TRAIN = (
+    "https://raw.githubusercontent.com/openai/grade-school-math/"
+    "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/train.jsonl"
+)
+_DAPO = (
+    "https://raw.githubusercontent.com/MasterVito/SvS/"
+    "9fd8f35375b31b8632b52e715296c264a3ad4176/data/dapo_math_17k.parquet"
+)
+# Name, sha256, source.
+_QUESTION_FILES = (
+    (
+        "aime24.jsonl",
+        "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac",
+        _HARNESS_A + "aime24/test.jsonl",
+    ),
+    (
+        "amc23.jsonl",
+        "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4",
+        _HARNESS_A + "amc23/test.jsonl",
+    ),
+    (
+        "math500.jsonl",
+        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+        _HARNESS_B + "math500/test.jsonl",
+    ),
+    (
+        "minerva_math.jsonl",
+        "0e656b430d3a0a1dab6aa853f453ba3805e28e2cabe4fc72486a897cc09d8ba2",
+        _HARNESS_B + "minerva_math/test.jsonl",
+    ),
+    (
+        "gsm8k_test.jsonl",
+        "9f098df7ff4522078d6ccec27a5c38a454790fdb51131bedfaa0e490070d5394",
+        _HARNESS_B + "gsm8k/test.jsonl",
+    ),
+    (
+        "gsm8k_train.jsonl",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        _GSM8K_TRAIN,
+    ),
+    (
+        "dapo_math_17k.parquet",
+        "246ae23df97c9eae8126cb4da780e9a0a31d10110e16eed144bcecbf2132d535",
+        _DAPO,
+    ),
+)
 _LEVEL_HASHES = """
 unfiltered/test/000.txt 272928a4e7c185fdf84daa523b298750b6ff08703cb0c20d3be7eff93acc5256
 unfiltered/train/000.txt 674dda499261deface252c90077ae67181b5c7704c235baf0dd0bd2d16bf072e
@@ -170,6 +219,13 @@ DATASETS: Mapping[str, Dataset] = {
                 DataFile(name, digest, _BOXOBAN + name)
                 for name, digest in (line.split() for line in _LEVEL_HASHES.split("\n") if line)
             ),
+        ),
+        Dataset(
+            "math",
+            "DAPO-Math-17k, AIME24, AMC23, MATH-500, GSM8K, Minerva",
+            "math",
+            "DAPO Apache-2.0; GSM8K and MATH MIT; AIME and AMC texts (c) MAA; Minerva not stated",
+            tuple(DataFile(name, digest, url) for name, digest, url in _QUESTION_FILES),
         ),
     )
 }

@@ -38,7 +38,7 @@ def test_a_fresh_import_registers_and_starts_nothing(tmp_path: Path) -> None:
     assert "pz_envs.jericho.env" not in seen["submodules"]
     assert "pz_envs.countdown.env" not in seen["submodules"]
     assert seen["threads"] == 1
-    assert seen["ids"] == 58
+    assert seen["ids"] == len(pz_envs.rows())
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,1 @@
+"""Mathematics questions with one right answer: published sets and a procedural one."""
