@@ -51,7 +51,7 @@ say "installing torch ($(nvidia-smi -L >/dev/null 2>&1 && echo GPU || echo CPU))
 "${pip[@]}" -c constraints.txt ${torch_index[@]+"${torch_index[@]}"} "$(grep -E '^torch==' constraints.txt)"
 
 say "installing pz-envs, pz-agents, pz-bench and their tools"
-"${pip[@]}" -c constraints.txt -e './pz_envs[math]' -e './pz_agents[train,openai]' -e ./pz_bench \
+"${pip[@]}" -c constraints.txt -e './pz_envs[math]' -e './pz_agents[train,openai,search]' -e ./pz_bench \
   pytest pytest-timeout pytest-xdist hypothesis ruff mypy types-PyYAML
 # jericho's wheel asks for spaCy (234 MB), which pz never calls.
 "${pip[@]}" -c constraints.txt --no-deps jericho

@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["ALGORITHMS", "Algorithm", "Credit", "load_algorithm"]
 
-ALGORITHMS: Mapping[str, str] = {"grpo": "pz_agents.algorithms.grpo:GRPO"}
+ALGORITHMS: Mapping[str, str] = {
+    "grpo": "pz_agents.algorithms.grpo:GRPO",
+    "dapo": "pz_agents.algorithms.dapo:DAPO",
+    "opmd": "pz_agents.algorithms.opmd:OPMD",
+    "opmd-reweight": "pz_agents.algorithms.opmd:OPMD_REWEIGHT",
+    "raft": "pz_agents.algorithms.raft:RAFT",
+    "raft-pp": "pz_agents.algorithms.raft:RAFT_PP",
+    "dr-grpo": "pz_agents.algorithms.variants:DR_GRPO",
+    "rloo": "pz_agents.algorithms.variants:RLOO",
+    "gspo": "pz_agents.algorithms.variants:GSPO",
+    "cispo": "pz_agents.algorithms.variants:CISPO",
+}
 """Name of each algorithm and where its ``Algorithm`` is."""
 
 

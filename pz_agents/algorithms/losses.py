@@ -9,6 +9,7 @@ sum of the losses of its micro-batches, however the rows are split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -47,6 +48,7 @@ class Tokens:
     advantages: [B, T]. mask: [B, T] bool.
     reference_log_probs: [B, T] under the frozen reference, where the algorithm asked for one.
     totals: of the whole optimizer batch.
+    groups: [B] the number of each row's group, for losses that compare rollouts of one task.
     """
 
     log_probs: Tensor
@@ -55,6 +57,7 @@ class Tokens:
     mask: Tensor
     totals: Totals
     reference_log_probs: Tensor | None = None
+    groups: Tensor | None = None
 
 
 class Loss(NamedTuple):
@@ -105,13 +108,46 @@ def ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+def sequence_ratio(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return each row's exp(mean_t(log_probs - old_log_probs)) on all its tokens [B, T].
+
+    GSPO's ratio: of the whole rows' likelihoods, per token (Zheng et al., 2025).
+    """
+    difference = keep(log_probs, mask) - keep(old_log_probs, mask)
+    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand_as(log_probs)
+
+
 def clipped_policy_loss(
-    ratios: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+    ratios: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) per token [B, T]."""
+    """Return -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) per token [B, T].
+
+    With ``dual_clip`` c, a token with A < 0 costs at most -c A (Ye et al., "Mastering complex
+    control in MOBA games", 2020; c = 3).
+    """
     advantages = keep(advantages, mask)
     clipped = ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
-    return keep(-torch.minimum(ratios * advantages, clipped * advantages), mask)
+    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    if dual_clip is not None:
+        worst = -dual_clip * advantages
+        losses = torch.where(advantages < 0, torch.minimum(losses, worst), losses)
+    return keep(losses, mask)
+
+
+def policy_gradient_loss(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Return -w A log_prob per token [B, T], REINFORCE's; ``weights`` [B, T] get no gradient."""
+    kept = keep(log_probs, mask)
+    if weights is not None:
+        kept = kept * keep(weights, mask).detach()
+    return keep(-keep(advantages, mask) * kept, mask)
 
 
 def kl_estimate(
@@ -150,12 +186,12 @@ def aggregate(values: Tensor, mask: Tensor, how: Aggregation, totals: Totals) ->
 
 
 def ratio_stats(
-    tokens: Tokens, ratios: Tensor, clip_low: float, clip_high: float
+    tokens: Tokens, ratios: Tensor, clip_low: float = math.inf, clip_high: float = math.inf
 ) -> dict[str, Tensor]:
     """Return how far the policy has moved since it sampled, as shares of token means.
 
-    ``clip_low`` and ``clip_high`` are the fractions of tokens whose gradient the clip stopped;
-    ``approx_kl`` is the mean of log_probs_old - log_probs.
+    ``clip_low`` and ``clip_high`` are the fractions of tokens whose gradient the clip stopped (0
+    for losses that do not clip); ``approx_kl`` is the mean of log_probs_old - log_probs.
     """
     with torch.no_grad():
         advantages = keep(tokens.advantages, tokens.mask)

@@ -7,12 +7,13 @@ mask is True on sampled tokens and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pz_agents.algorithms.credit import Advantages
 from pz_agents.sdk.types import Ids, LogProbs, Sample, Trajectory
 
 
@@ -38,6 +39,25 @@ class TrainRow:
     def prompt_length(self) -> int:
         """Number of tokens before the first sampled one."""
         return int(np.argmax(self.mask))
+
+
+def rewards_of(trajectories: Sequence[Trajectory]) -> NDArray[np.float64]:
+    """Return the rewards [N]; NaN for failed and rejected rollouts."""
+    return np.array(
+        [item.reward if item.status == "ok" else np.nan for item in trajectories], np.float64
+    )
+
+
+def rows_with(trajectories: Sequence[Trajectory], advantages: Advantages) -> list[TrainRow]:
+    """Return the rows of the trajectories that are used, each with its advantage."""
+    return [
+        row
+        for trajectory, value, used in zip(
+            trajectories, advantages.values, advantages.used, strict=True
+        )
+        if used
+        for row in rows_of(trajectory, float(value))
+    ]
 
 
 def rows_of(trajectory: Trajectory, advantage: float) -> list[TrainRow]:

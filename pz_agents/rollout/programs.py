@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from pz_agents.config import Settings
 from pz_agents.rollout.episode import EpisodeSpec, Limits
 from pz_agents.rollout.loop import run_episodes
 from pz_agents.rollout.slots import MakeEnv
@@ -30,7 +31,8 @@ class Task:
 class RolloutContext:
     """What every program needs; the fields mean what they mean in ``run_episodes``.
 
-    ``group_size`` is the number of rollouts a task.
+    ``group_size`` is the number of rollouts a task. ``options`` are the algorithm's own, for
+    programs that have any.
     """
 
     agent: Agent
@@ -39,6 +41,7 @@ class RolloutContext:
     seed: int
     concurrency: int = 16
     group_size: int = 8
+    options: Settings | None = None
 
 
 Program = Callable[[RolloutContext, Sequence[Task]], Iterator[Trajectory]]

@@ -32,6 +32,7 @@ BUILT_IN: Mapping[str, str] = {
     "expert": "pz_agents.sdk.builtin:ExpertAgent",
     "zeroshot": "pz_agents.prompting.agents:ZeroShot",
     "best-of-n": "pz_agents.prompting.agents:BestOfN",
+    "mcts": "pz_agents.search.agent:MctsAgent",
 }
 """Agents that come with the package."""
 

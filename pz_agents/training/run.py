@@ -196,7 +196,9 @@ class _Run:
             trajectories = list(self.algorithm.program(self._context(), self._tasks(step)))
             trajectories.sort(key=lambda item: (item.group_id, item.attempt))
             self.store.append(trajectories, step - 1)
-        self.lease = self.store.lease(settings.groups_per_step)
+        # A program may play more groups than tasks, e.g. to replace those that teach nothing.
+        groups = len({item.group_id or item.key for item in trajectories})
+        self.lease = self.store.lease(max(groups, settings.groups_per_step))
         played = [item for group in self.lease.groups for item in group]
         credit = self.algorithm.credit(played, self.options)
         self.figures = {
@@ -250,6 +252,7 @@ class _Run:
             seed=settings.seed,
             concurrency=settings.concurrency,
             group_size=settings.group_size,
+            options=self.options,
         )
 
 

@@ -30,6 +30,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 FREE_TO_CHANGE = frozenset({"preset", "save_every", "keep_checkpoints", "monitor", "threads"})
 """Settings that a resumed run may change, because no weight depends on them."""
 
+TRUNCATED_SAMPLING = ("top_p", "top_k", "min_p")
+"""Settings of sampling that exist elsewhere and bias training."""
+
 
 class TrainSettings(Settings):
     """Everything a training run depends on."""
@@ -108,6 +111,19 @@ class TrainSettings(Settings):
 
     @pydantic.model_validator(mode="before")
     @classmethod
+    def _refuse_truncated_sampling(cls, values: Any) -> Any:
+        for name in TRUNCATED_SAMPLING:
+            if isinstance(values, Mapping) and name in values:
+                raise ConfigError(
+                    f"`{name}` ({values[name]!r}) cannot be used while training: it samples from "
+                    "a part of the vocabulary and renormalises, so the log-probs of what was "
+                    "sampled are too high and every policy ratio is too low by exactly the mass "
+                    "that was kept. Remove it; `temperature` is allowed."
+                )
+        return values
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or not values.get("preset"):
             return values
@@ -125,7 +141,8 @@ def algorithm_options(settings: TrainSettings) -> Settings:
         ConfigError: an option does not exist or is out of range.
     """
     defaults = load_algorithm(settings.algorithm).defaults
-    return parse_settings(type(defaults), settings.options, f"options of {settings.algorithm}")
+    values = {**defaults.model_dump(), **settings.options}
+    return parse_settings(type(defaults), values, f"options of {settings.algorithm}")
 
 
 def check_resumable(saved: Mapping[str, Any], settings: TrainSettings, folder: str) -> None:

@@ -196,6 +196,7 @@ class Learner:
                 mask=mask,
                 totals=totals,
                 reference_log_probs=batch.get("ref_per_token_logps"),
+                groups=batch["groups"],
             )
         )
         for name, share in stats.items():
@@ -311,7 +312,8 @@ def batch_of(rows: Sequence[TrainRow], pad_id: int, divisor: int) -> dict[str, T
     What follows the first sampled token is the "completion"; ``tool_mask`` is 0 on the
     environment's words inside it. Rows without trained tokens fill up to a multiple of
     ``divisor``, since TRL drops what does not divide. ``num_items_in_batch`` and
-    ``num_sequences`` count trained tokens and rows, before any split.
+    ``num_sequences`` count trained tokens and rows, before any split; ``groups`` numbers each
+    row's group.
     """
     filler = TrainRow(
         ids=np.full(2, pad_id, np.int32),
@@ -358,6 +360,8 @@ def batch_of(rows: Sequence[TrainRow], pad_id: int, divisor: int) -> dict[str, T
         "advantages": advantages,
     }
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    names = {row.group_id: number for number, row in enumerate(filled)}
+    batch["groups"] = torch.tensor([names[row.group_id] for row in filled])
     batch["num_items_in_batch"] = torch.tensor(float(trained.sum()))
     batch["num_sequences"] = torch.tensor(float(trained.any(-1).sum()))
     return batch

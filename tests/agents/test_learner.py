@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pz_agents.algorithms import grpo
+from pz_agents.algorithms import grpo, load_algorithm
 from pz_agents.algorithms.losses import Loss
 from pz_agents.algorithms.rows import TrainRow
 from pz_agents.errors import ModelError
@@ -141,21 +141,48 @@ def test_trl_still_has_every_name_and_argument_we_rely_on():
         assert name in fields, say.format(trl.__version__, f"GRPOConfig.{name}")
     source = inspect.getsource(trl.GRPOTrainer._compute_loss)
     batch = batch_of(rows_for(micro_model()), pad_id=0, divisor=1)
-    for key in batch.keys() - {"num_sequences"}:
+    for key in batch.keys() - {"num_sequences", "groups"}:
         assert f'"{key}"' in source, say.format(trl.__version__, f"batch key {key}")
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "loss_type"),
-    [("token_mean", "dapo"), ("seq_mean_token_mean", "grpo"), ("const", "dr_grpo")],
+    ("name", "options", "theirs"),
+    [
+        ("grpo", {}, {"loss_type": "dapo"}),
+        ("grpo", {"aggregation": "seq_mean_token_mean"}, {"loss_type": "grpo"}),
+        ("grpo", {"dual_clip": 1.3}, {"loss_type": "dapo", "delta": 1.3}),
+        (
+            "grpo",
+            {"off_policy_delta": 0.05},
+            {"loss_type": "dapo", "off_policy_mask_threshold": 0.05},
+        ),
+        ("dr-grpo", {}, {"loss_type": "dr_grpo"}),
+        ("dapo", {}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+        ("cispo", {"clip_high": 0.1}, {"loss_type": "cispo", "epsilon_high": 1.1}),
+        (
+            "gspo",
+            {"clip_low": 0.05, "clip_high": 0.1},
+            {
+                "loss_type": "grpo",
+                "importance_sampling_level": "sequence",
+                "epsilon": 0.05,
+                "epsilon_high": 0.1,
+            },
+        ),
+    ],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_loss_and_gradient_equal_trls_own_on_random_tensors(tmp_path, aggregation, loss_type, beta):
+def test_loss_and_gradient_equal_trls_own_on_random_tensors(tmp_path, name, options, theirs, beta):
     model = micro_model()
     run = settings(max_turns=1, max_new_tokens=9)
-    learner = Learner(model, tokenizer(), run, loss_of(aggregation=aggregation, beta=beta))
+    algorithm = load_algorithm(name)
+    changes = {**options, "beta": beta} if name != "dapo" else options
+    ours = type(algorithm.defaults)(**{**algorithm.defaults.model_dump(), **changes})
+    learner = Learner(model, tokenizer(), run, partial(algorithm.loss, options=ours))
     arguments = learner._arguments(1, tmp_path)
-    arguments.loss_type = loss_type
+    for field, value in theirs.items():
+        assert hasattr(arguments, field)
+        setattr(arguments, field, value)
     arguments.max_completion_length = 9
     arguments.use_bias_correction_kl = False
     trainer = EpisodeTrainer(
@@ -165,7 +192,7 @@ def test_loss_and_gradient_equal_trls_own_on_random_tensors(tmp_path, aggregatio
         train_dataset=trl.trainer.grpo_trainer.Dataset.from_dict({"prompt": [""]}),
         processing_class=tokenizer(),
     )
-    trainer.learner, trainer.beta = learner, beta
+    trainer.learner, trainer.beta = learner, changes.get("beta", 0.0)
     trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(rows_for(model), pad_id=0, divisor=1)
     noise = torch.Generator().manual_seed(1)
@@ -249,6 +276,8 @@ def test_batches_hold_each_token_where_its_row_says():
         old = batch["old_per_token_logps"][index][trained[index]]
         np.testing.assert_array_equal(old.numpy(), row.log_probs[row.mask])
     assert not trained[5:].any()
+    assert len(set(batch["groups"][:5].tolist())) == 1
+    assert not set(batch["groups"][:5].tolist()) & set(batch["groups"][5:].tolist())
 
 
 def test_log_probs_do_not_depend_on_the_padding_around_a_row():

@@ -206,7 +206,7 @@ def test_a_module_and_an_entry_point_give_agents(monkeypatch):
     monkeypatch.setattr(loading_module, "entry_points", lambda group: (entry,))
     assert "mine" in agent_names()
     assert answer(load_agent("mine")).strip()
-    assert agent_names()[:4] == ("random", "expert", "zeroshot", "best-of-n")
+    assert agent_names()[:5] == ("random", "expert", "zeroshot", "best-of-n", "mcts")
 
 
 def test_the_sdk_starts_without_torch():

@@ -185,6 +185,27 @@ def test_a_run_cut_short_and_called_again_equals_one_that_was_not(
     same_run(straight, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dapo", "opmd", "raft"])
+def test_other_algorithms_learn_from_all_they_played_and_resume_exactly(micro, tmp_path, name):
+    changes = {"algorithm": name, "steps": 4, "group_size": 2, "seed": 1}
+    train(settings(micro, **changes), tmp_path / "straight")
+    with pytest.raises(StopHereError):
+        train(settings(micro, **changes), tmp_path / "cut", on_progress=stop_at(3))
+    train(settings(micro, **changes), tmp_path / "cut")
+    same_run(tmp_path / "straight", tmp_path / "cut")
+    metrics = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert sum(line["tokens"] for line in metrics) > 0
+    with ExperienceStore(tmp_path / "cut" / "experience.db") as store:
+        counts = store.counts()
+        rejected = {item.reward for item in store.trajectories() if item.status == "rejected"}
+    assert (counts["new"], counts["leased"]) == (0, 0)
+    assert counts["consumed"] == sum(line["groups"] for line in metrics)
+    assert rejected == ({0.0} if name == "raft" else set())
+    if name == "dapo":
+        assert all(line["usable_groups"] == 2 for line in metrics)
+        assert counts["consumed"] > 2 * 4
+
+
 def test_the_reference_of_a_resumed_run_is_still_the_starting_weights(micro, tmp_path):
     changes = {"options": {"beta": 0.5}, "steps": 4, "iterations": 2}
     train(settings(micro, **changes), tmp_path / "straight")

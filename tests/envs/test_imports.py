@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pz_envs
+
 _LOOK = """
 import json, sys, threading
 before = set(sys.modules)

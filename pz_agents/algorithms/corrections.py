@@ -1,0 +1,107 @@
+"""What to do when the weights that sampled are not those that learn: weights, masks, measures.
+
+The sampler may be another engine than the learner, whose log-probs of the same tokens differ, or
+it may have held older weights. Here ``rollout_log_probs`` are the sampler's own and
+``old_log_probs`` the learner's, taken before its first update on the batch. Weights multiply a
+token's loss after clipping and get no gradient; what they mask still counts in every denominator,
+so that masking lowers the step instead of raising the rest. All tensors are [B, T] unless said.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pz_agents.algorithms.losses import MAX_LOG_RATIO, Totals, aggregate, keep, kl_estimate, ratio
+
+Correction = Literal["none", "token_truncate", "token_mask", "seq_truncate", "seq_mask", "geo"]
+
+
+class Mismatch(NamedTuple):
+    """How far the sampler was from the learner, before anything is cut off; 0-dim tensors.
+
+    kl: the k3 estimate of KL(sampler || learner), a share of the mean over all trained tokens.
+    effective: effective sample size over tokens, as a fraction of them (Kish), of this batch.
+    """
+
+    kl: Tensor
+    effective: Tensor
+
+
+def rollout_weights(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor,
+    how: Correction,
+    *,
+    low: float = 0.5,
+    high: float = 2.0,
+) -> Tensor:
+    """Return the weight w of each token, from rho = exp(old - rollout); 1 off the mask.
+
+    ``token_truncate``: min(rho, high) (TIS). ``token_mask``: rho where it is in [low, high], else
+    0 (IcePop). ``seq_truncate`` and ``seq_mask``: the product of a row's rho, cut at ``high`` or 0
+    above it. ``geo``: min(rho, 2) in rows whose geometric mean of rho is in [low, high], else 0.
+
+    Args:
+        old_log_probs: under the learner before its first update on the batch.
+        rollout_log_probs: as the engine that sampled reported them.
+        mask: True on sampled tokens.
+        how: the rule.
+        low: lower bound of the rules that have one.
+        high: upper bound.
+    """
+    with torch.no_grad():
+        token = ratio(old_log_probs, rollout_log_probs, mask)
+        logs = token.log().sum(-1, keepdim=True)
+        row = logs.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        if how == "token_truncate":
+            weights = token.clamp(max=high)
+        elif how == "token_mask":
+            weights = torch.where((token >= low) & (token <= high), token, 0.0)
+        elif how == "seq_truncate":
+            weights = row.clamp(max=high).expand_as(token)
+        elif how == "seq_mask":
+            weights = torch.where(row <= high, row, 0.0).expand_as(token)
+        elif how == "geo":
+            mean = (logs / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+            inside = (mean >= low) & (mean <= high)
+            weights = torch.where(inside, token.clamp(max=2.0), 0.0)
+        else:
+            weights = torch.ones_like(token)
+        return torch.where(mask, weights, 1.0)
+
+
+def mismatch(
+    old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, totals: Totals
+) -> Mismatch:
+    """Return how far the sampler was from the learner."""
+    with torch.no_grad():
+        kl = kl_estimate(rollout_log_probs, old_log_probs, mask)
+        rho = keep(ratio(old_log_probs, rollout_log_probs, mask), mask)
+        effective = rho.sum().square() / (rho.square().sum() * mask.sum()).clamp(min=1e-12)
+        return Mismatch(aggregate(kl, mask, "token_mean", totals), effective)
+
+
+def keeps_row(
+    log_probs: Tensor, rollout_log_probs: Tensor, advantages: Tensor, mask: Tensor, delta: float
+) -> Tensor:
+    """Return [B] bool: False where A < 0 and mean_t(rollout - log_probs) > delta.
+
+    Pushing down what the policy no longer says is where off-policy learning breaks first
+    (DeepSeek-V3.2, 2025).
+
+    Args:
+        log_probs: under the weights being trained.
+        rollout_log_probs: as sampled.
+        advantages: the same on all trained tokens of a row.
+        mask: True on sampled tokens.
+        delta: in nats a token.
+    """
+    with torch.no_grad():
+        moved = keep(rollout_log_probs, mask) - keep(log_probs, mask)
+        count = mask.sum(-1).clamp(min=1)
+        negative = keep(advantages, mask).sum(-1) < 0
+        return ~(negative & (moved.sum(-1) / count > delta))
