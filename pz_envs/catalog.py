@@ -119,6 +119,13 @@ FAMILIES: Mapping[str, Family] = {
             ),
         ),
         Family(
+            name="alfworld",
+            title="ALFWorld household tasks",
+            score="1 when the goal of the game's PDDL problem holds, else 0.",
+            success="The goal of the game's PDDL problem holds.",
+            dataset="alfworld",
+        ),
+        Family(
             name="math",
             title="Mathematics questions",
             score="1 when an answer was graded equal to the gold answer, else 0.",
@@ -189,7 +196,16 @@ def rows() -> tuple[EnvRow, ...]:
         train_kwargs={"split": "train"},
         eval_kwargs={"split": "test"},
     )
-    return (countdown, webshop, sokoban, *_cards(), *_maths(), *games)
+    alfworld = EnvRow(
+        id="pz/ALFWorld-v0",
+        family="alfworld",
+        entry_point="pz_envs.alfworld.env:ALFWorldEnv",
+        kwargs={"split": "valid_seen"},
+        train_kwargs={"split": "train"},
+        max_turns=50,
+        dataset="alfworld",
+    )
+    return (countdown, alfworld, webshop, sokoban, *_cards(), *_maths(), *games)
 
 
 def _cards() -> tuple[EnvRow, ...]:
@@ -300,6 +316,10 @@ def missing(row: EnvRow) -> str | None:
             )
     if row.family == "math" and row.dataset is not None:
         return _missing_questions(row)
+    if row.family == "alfworld":
+        from pz_envs.alfworld.games import missing_games
+
+        return missing_games(row.kwargs["split"])
     return _missing_story(row) if row.family == "jericho" else None
 
 

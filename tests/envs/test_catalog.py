@@ -34,6 +34,7 @@ def test_the_table_holds_every_id_of_every_family() -> None:
         "sokoban": 1,
         "gymcards": 4,
         "math": 9,
+        "alfworld": 1,
     }
     assert len({row.id for row in rows}) == len(rows)
     ids = {row.id for row in rows}

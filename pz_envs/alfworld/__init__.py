@@ -1,0 +1,1 @@
+"""ALFWorld: household tasks in text, from the published game files, in a native engine."""
