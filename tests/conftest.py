@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -13,3 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PZ_CACHE", str(_REPOSITORY / ".pytest_cache" / "pz"))
 if _BESIDE.is_dir():
     os.environ.setdefault("PZ_DATA", str(_BESIDE))
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests that
+# interrupt a child need it to be as a terminal would have it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
