@@ -247,10 +247,9 @@ class _Pool:
 
 
 def _tiny_is_built() -> bool:
-    from pz_agents.models.recipe import recipe_hash
-    from pz_envs.datasets import cache_dir
+    from pz_agents.models.recipe import recipe_folder
 
-    return (cache_dir() / "models" / f"tiny-{recipe_hash()}").is_dir()
+    return recipe_folder().is_dir()
 
 
 def _spawn(folder: Path, *arguments: str, job: Job | None = None) -> _Child:

@@ -13,12 +13,14 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pz_agents.prompting.templates import TEMPLATES, shown_commands, user_text
 from pz_envs.countdown.env import CountdownEnv
+from pz_envs.datasets import cache_dir
 from pz_envs.seeding import derive_seed, generator
 
 REVISION = 1
@@ -72,6 +74,11 @@ def recipe_hash(recipe: Recipe = RECIPE) -> str:
     ]
     text = json.dumps([REVISION, asdict(recipe), dict(PUZZLES), sample], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_folder(recipe: Recipe = RECIPE) -> Path:
+    """Return where the model that ``recipe`` makes is cached; it is built when this exists."""
+    return cache_dir() / "models" / f"tiny-{recipe_hash(recipe)}"
 
 
 def puzzle_pairs(seed: int) -> Iterator[Pair]:

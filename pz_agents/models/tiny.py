@@ -33,9 +33,8 @@ from pz_agents.models.recipe import (
     Recipe,
     game_pairs,
     puzzle_pairs,
-    recipe_hash,
+    recipe_folder,
 )
-from pz_envs.datasets import cache_dir
 
 Progress = Callable[[int, int, float], None]
 
@@ -57,12 +56,11 @@ def tiny_folder(*, recipe: Recipe = RECIPE, on_progress: Progress | None = None)
         recipe: what to build.
         on_progress: called as ``(step, steps, loss)`` while it is built.
     """
-    home = cache_dir() / "models"
-    folder = home / f"tiny-{recipe_hash(recipe)}"
+    folder = recipe_folder(recipe)
     if folder.is_dir():
         return folder
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home / f".{folder.name}.lock"):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             _logger.info("building the model `tiny` in %s; this takes about a minute", folder)
             build_tiny(folder, recipe=recipe, on_progress=on_progress or _log_progress)
