@@ -100,10 +100,10 @@ class Snapshot:
     engine: bytes
 
     def to_bytes(self) -> bytes:
-        """Pack as magic, header length, crc32 of the rest, header, engine bytes."""
+        """Pack as magic, crc32 of the rest, header length, header, engine bytes."""
         header = json.dumps(self.header, separators=(",", ":"), sort_keys=True).encode()
-        body = header + self.engine
-        return _SNAPSHOT_MAGIC + struct.pack("<II", len(header), zlib.crc32(body)) + body
+        rest = struct.pack("<I", len(header)) + header + self.engine
+        return _SNAPSHOT_MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Snapshot:
@@ -114,11 +114,11 @@ class Snapshot:
         """
         if len(data) < 12 or data[:4] != _SNAPSHOT_MAGIC:
             raise EnvError(f"restore() needs bytes from snapshot(); got {len(data)} other bytes")
-        length, checksum = struct.unpack("<II", data[4:12])
-        body = data[12:]
-        if length > len(body) or zlib.crc32(body) != checksum:
+        checksum, length = struct.unpack("<II", data[4:12])
+        # The checksum covers the length too: a flipped length would cut the header elsewhere.
+        if zlib.crc32(data[8:]) != checksum or 12 + length > len(data):
             raise EnvError("the snapshot is damaged (checksum differs); take a new one")
-        return cls(json.loads(body[:length]), body[length:])
+        return cls(json.loads(data[12 : 12 + length]), data[12 + length :])
 
 
 class TextEnv(gymnasium.Env[str, str]):

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+from hypothesis import settings
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _BESIDE = _REPOSITORY.parent / "shared" / "data"
 
@@ -19,3 +21,8 @@ if _BESIDE.is_dir():
 # interrupt a child need it to be as a terminal would have it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples on every run, and no deadline on a shared machine: a red run is a change of
+# ours. To explore afresh: pytest --hypothesis-profile=default.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.load_profile("steady")

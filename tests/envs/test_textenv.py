@@ -111,14 +111,19 @@ def test_restore_goes_back_exactly_even_in_another_environment() -> None:
         assert where.step("up") == after
 
 
-@given(st.integers(min_value=0, max_value=10_000), st.integers(min_value=1, max_value=255))
-def test_a_damaged_snapshot_is_refused(position: int, flip: int) -> None:
+@pytest.mark.parametrize("flip", [1, 16, 128, 255])
+def test_a_snapshot_damaged_at_any_byte_is_refused(flip: int) -> None:
     env = Counter()
     env.reset(seed=0)
-    data = bytearray(env.snapshot())
-    data[position % len(data)] ^= flip
-    with pytest.raises(EnvError, match=r"snapshot"):
-        env.restore(bytes(data))
+    whole = env.snapshot()
+    for position in range(len(whole)):
+        data = bytearray(whole)
+        data[position] ^= flip
+        with pytest.raises(EnvError, match="snapshot"):
+            env.restore(bytes(data))
+    for length in range(len(whole)):
+        with pytest.raises(EnvError, match="snapshot"):
+            env.restore(whole[:length])
 
 
 def test_a_snapshot_of_another_family_is_refused() -> None:
