@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 
 import gymnasium
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pz_envs import INFO_KEYS, EnvError, Outcome, Snapshot, TextEnv, TextSpace, text_env
 
