@@ -44,7 +44,8 @@ EpisodesOption = Annotated[
     int | None, typer.Option("--episodes", "-n", min=1, help="Episodes a cell.")
 ]
 ModelOption = Annotated[
-    list[str] | None, typer.Option("--model", help="A language model, for agents that need one.")
+    list[str] | None,
+    typer.Option("--model", "--models", help="Language models, for agents that need one: a,b."),
 ]
 SeedsOption = Annotated[str | None, typer.Option("--seeds", help="Seeds, e.g. 0,1,2.")]
 SetOption = Annotated[
@@ -61,6 +62,7 @@ RetryOption = Annotated[
 
 RUNS = Path("runs")
 OUT = Path("leaderboards")
+GPU_PRICE = 2.5
 
 
 @app.command()
@@ -90,7 +92,10 @@ def run(
     chosen = _choose(matrix, agent, env, episodes, model, seeds, set_, suite)
     cells = _plan(chosen, runs, retry_failed)
     if dry_run:
-        _print_plan(cells)
+        from pz_bench import plan as planning
+
+        typer.echo(planning.to_text(planning.lines(cells), GPU_PRICE))
+        _explain(cells)
         return
     _remember(runs, chosen, cells, by_hand=matrix is None)
     owed = [cell for cell in cells if cell.state == "owed"]
@@ -118,10 +123,20 @@ def plan(
     suite: SuiteOption = None,
     runs: RunsOption = RUNS,
     retry_failed: RetryOption = False,
+    gpu_price: Annotated[
+        float, typer.Option("--gpu-price", min=0, help="Of one GPU for one hour, in dollars.")
+    ] = GPU_PRICE,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say which cells `run` with the same options would measure."""
+    """Say which cells `run` with the same options would measure, and what they would take."""
+    from pz_bench import plan as planning
+
     chosen = _choose(matrix, agent, env, episodes, model, seeds, set_, suite)
-    _print_plan(_plan(chosen, runs, retry_failed))
+    lines = planning.lines(_plan(chosen, runs, retry_failed))
+    text = planning.to_json(lines, gpu_price) if as_json else planning.to_text(lines, gpu_price)
+    typer.echo(text)
+    if not as_json:
+        _explain([line.job for line in lines])
 
 
 @app.command()
@@ -264,6 +279,7 @@ def _choose(
     from pz_envs.errors import ConfigError
 
     changes = list(overrides or ())
+    models = [name for each in models or () for name in each.split(",")]
     changes += [f"episodes={episodes}"] if episodes is not None else []
     changes += [f"seeds=[{seeds}]"] if seeds is not None else []
     if matrix is None:
@@ -287,16 +303,6 @@ def _plan(chosen: Matrix, runs: Path, retry_failed: bool) -> list[Job]:
     from pz_bench.runner import plan
 
     return plan(runs, expand(chosen), retry_failed=retry_failed)
-
-
-def _print_plan(cells: Sequence[Job]) -> None:
-    for cell in cells:
-        size = f"{cell.spec.episodes} x {cell.spec.max_turns}"
-        typer.echo(f"{cell.id}  {cell.state.replace('_', ' '):8} {size:>9}  {cell.spec.title}")
-    owed = [cell for cell in cells if cell.state == "owed"]
-    turns = sum(cell.spec.episodes * cell.spec.max_turns for cell in owed)
-    typer.echo(f"{len(owed)} of {len(cells)} cells are owed, at most {turns:,} turns")
-    _explain(cells)
 
 
 def _explain(cells: Sequence[Job]) -> None:

@@ -85,6 +85,22 @@ class Exclude(Settings):
     """Glob over models; an agent without one is the empty string."""
 
 
+class Adjust(Budget):
+    """A budget for those cells that every given glob matches; it wins over the row's."""
+
+    algorithm: str = "*"
+    """Glob over algorithms."""
+
+    env: str = "*"
+    """Glob over environment ids."""
+
+    model: str = "*"
+    """Glob over models; an agent without one is the empty string."""
+
+    seeds: tuple[int, ...] | None = None
+    """Instead of the row's and the matrix's seeds."""
+
+
 class Matrix(Settings):
     """A whole matrix file."""
 
@@ -102,6 +118,9 @@ class Matrix(Settings):
 
     rows: tuple[Row, ...] = pydantic.Field(min_length=1)
     """The products."""
+
+    adjust: tuple[Adjust, ...] = ()
+    """What some models, algorithms or environments change, in order; later ones win."""
 
     exclude: tuple[Exclude, ...] = ()
     """Cells to leave out."""
@@ -178,7 +197,8 @@ def expand(matrix: Matrix) -> list[CellSpec]:
     cells: dict[str, CellSpec] = {}
     for number, row in enumerate(matrix.rows):
         for spec in _expand_row(matrix, row, f"{matrix.name}: rows.{number}"):
-            if not any(_matches(exclude, spec) for exclude in matrix.exclude):
+            place = (spec.algorithm, spec.env, spec.model or "")
+            if not any(_covers(exclude, place) for exclude in matrix.exclude):
                 cells.setdefault(spec.model_dump_json(), spec)
     if not cells:
         raise ConfigError(f"{matrix.name}: every cell is excluded; drop some of `exclude`")
@@ -186,35 +206,40 @@ def expand(matrix: Matrix) -> list[CellSpec]:
 
 
 def _expand_row(matrix: Matrix, row: Row, where: str) -> list[CellSpec]:
-    budget = _budget(matrix.defaults, row)
-    seeds = matrix.seeds if row.seeds is None else row.seeds
     environments = _environments(row.environments, where)
     specs = []
     for algorithm in map(_absolute, row.algorithms):
         check_algorithm(algorithm)
         trained = is_trained(algorithm)
-        own = {key: value for key, value in budget.items() if trained or key != "train"}
         for env_id, env_turns in environments:
             for model in _models(algorithm, row.models, where):
-                for seed in seeds:
-                    values = {"max_turns": env_turns} | own
-                    values |= {"algorithm": algorithm, "env": env_id, "model": model, "seed": seed}
-                    spec = parse_settings(CellSpec, values, where)
+                place = (algorithm, env_id, model or "")
+                adjust = [each for each in matrix.adjust if _covers(each, place)]
+                values = {"max_turns": env_turns} | _budget(matrix.defaults, row, *adjust)
+                if not trained:
+                    values.pop("train", None)
+                values |= {"algorithm": algorithm, "env": env_id, "model": model}
+                chosen = matrix.seeds if row.seeds is None else row.seeds
+                for each in adjust:
+                    chosen = chosen if each.seeds is None else each.seeds
+                for seed in chosen:
+                    spec = parse_settings(CellSpec, values | {"seed": seed}, where)
                     if trained:
                         training_settings(spec)
                     specs.append(spec)
     return specs
 
 
-def _budget(defaults: Budget, row: Row) -> dict[str, Any]:
-    """Return the row's settings over the defaults; mappings are merged key by key."""
+def _budget(*levels: Budget) -> dict[str, Any]:
+    """Return the settings of all levels, later ones over earlier; mappings merge key by key."""
     merged: dict[str, Any] = {}
-    for key in Budget.model_fields:
-        below, above = getattr(defaults, key), getattr(row, key)
-        if isinstance(below, Mapping) and isinstance(above, Mapping):
-            merged[key] = {**below, **above}
-        elif above is not None or below is not None:
-            merged[key] = below if above is None else above
+    for level in levels:
+        for key in Budget.model_fields:
+            above = getattr(level, key)
+            if isinstance(above, Mapping):
+                merged[key] = {**merged.get(key, {}), **above}
+            elif above is not None:
+                merged[key] = above
     return merged
 
 
@@ -252,13 +277,10 @@ def _models(algorithm: str, models: Sequence[str], where: str) -> Sequence[str |
     return models
 
 
-def _matches(exclude: Exclude, spec: CellSpec) -> bool:
-    pairs = (
-        (spec.algorithm, exclude.algorithm),
-        (spec.env, exclude.env),
-        (spec.model or "", exclude.model),
-    )
-    return all(fnmatch.fnmatchcase(value, pattern) for value, pattern in pairs)
+def _covers(entry: Exclude | Adjust, place: tuple[str, str, str]) -> bool:
+    """Return whether every glob of ``entry`` matches (algorithm, environment, model)."""
+    globs = (entry.algorithm, entry.env, entry.model)
+    return all(map(fnmatch.fnmatchcase, place, globs))
 
 
 def _locate(source: str) -> Path:

@@ -9,6 +9,7 @@ not need it. Children end with the runner, however it ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from pz_agents.errors import ModelError
 from pz_bench import store
 from pz_bench.cell import CellSpec, cell_id, identity, is_trained
 from pz_bench.cell_process import DONE, FAILED, LOCKED, PROGRESS
@@ -38,7 +40,8 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class Job:
     """One cell of a run and where it stands; the runner moves ``state`` along.
 
-    ``reason`` and ``command`` say why a cell could not be run or has failed.
+    ``reason`` and ``command`` say why a cell could not be run or has failed; ``measured_seconds``
+    is what a done cell took, 0 for the others.
     """
 
     spec: CellSpec
@@ -47,6 +50,7 @@ class Job:
     state: State
     reason: str | None = None
     command: str | None = None
+    measured_seconds: float = 0.0
     attempts: int = 0
     began: float = 0.0
     seconds: float = 0.0
@@ -93,6 +97,7 @@ def _job(runs: Path, spec: CellSpec, retry_failed: bool) -> Job:
         cell = store.read_cell(folder)
         if cell.status in {"done", "failed"}:
             job.state, job.reason = ("done" if cell.status == "done" else "failed"), cell.reason
+            job.measured_seconds = cell.seconds if cell.status == "done" else 0.0
             if retry_failed and _has_failures(folder, cell):
                 job.state, job.reason = "owed", None
     if job.state == "owed" and (why := unavailable(spec)) is not None:
@@ -115,11 +120,25 @@ def unavailable(spec: CellSpec) -> tuple[str, str | None] | None:
         return f"No expert is known for {row.id}.", None
     sentence = missing(row)
     if sentence is None:
-        return None
+        return None if spec.model is None else _absent_model(spec.model)
     reason, _, command = sentence.rpartition(": ")
     if not command.startswith(("pz-envs ", "pip ")):
         return sentence, None
     return reason.rpartition(". ")[0] + ".", command
+
+
+@functools.cache
+def _absent_model(model: str) -> tuple[str, str | None] | None:
+    from pz_agents.models import is_hub_id, model_folder
+
+    if not is_hub_id(model):
+        return None
+    try:
+        model_folder(model)
+    except ModelError as error:
+        reason, _, command = str(error).rpartition(" Get it: ")
+        return reason, command
+    return None
 
 
 def expected_cost(spec: CellSpec) -> float:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from pz_bench import stats
+from pz_bench import ranking, stats
 from pz_bench.cell import CellResult, EpisodeRecord, canonical
 from pz_envs.catalog import EnvRow
 
@@ -71,7 +71,10 @@ class Comparison:
     """``row`` minus ``against`` on the instances both played, in units of the metric (0..1).
 
     ``kind`` ``trained``: against zero-shot play of its own starting model; ``anchors``: expert
-    minus random, the room there is. ``p`` is the two-sided sign-flip permutation p-value.
+    minus random, the room there is. ``p`` is the two-sided sign-flip permutation p-value,
+    ``p_holm`` the same corrected over all comparisons of its kind in the leaderboard.
+    ``improvement`` is P(row > against) + half P(equal), ``detectable`` the smallest true
+    difference that this many seeds and instances would find four times in five.
     """
 
     kind: Literal["trained", "anchors"]
@@ -82,6 +85,9 @@ class Comparison:
     low: float
     high: float
     p: float
+    p_holm: float
+    improvement: float
+    detectable: float
     instances: int
     seeds: int
     against_seeds: int
@@ -150,9 +156,18 @@ def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[i
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """What ``compare`` finds; see ``Comparison`` for the fields."""
+
+    difference: stats.Difference
+    improvement: float
+    instances: int
+
+
 def compare(
     left: Sequence[CellResult], right: Sequence[CellResult], metric: Metric, stream: str
-) -> tuple[stats.Difference, int] | None:
+) -> Paired | None:
     """Return the paired difference left - right and on how many instances it rests.
 
     Only instances that every seed of both sides played are used; None when there is none.
@@ -163,12 +178,10 @@ def compare(
     shared = sorted(set.intersection(*(set(row) for row in (*left_rows, *right_rows))))
     if not shared:
         return None
-    difference = stats.paired_difference(
-        [[row[key] for key in shared] for row in left_rows],
-        [[row[key] for key in shared] for row in right_rows],
-        stream=stream,
-    )
-    return difference, len(shared)
+    mine = [[row[key] for key in shared] for row in left_rows]
+    theirs = [[row[key] for key in shared] for row in right_rows]
+    difference = stats.paired_difference(mine, theirs, stream=stream)
+    return Paired(difference, ranking.probability_of_improvement(mine, theirs), len(shared))
 
 
 def rounded(value: float) -> float:

@@ -217,14 +217,31 @@ def macro_mean(
         level: of the interval.
         resamples: how many replicates.
     """
-    means, replicates = [], []
-    for environments in families.values():
-        matrices = {name: _matrix(values)[0] for name, values in environments.items()}
-        means.append(float(np.mean([np.nanmean(values) for values in matrices.values()])))
-        drawn = [bootstrap_means(values, name, resamples) for name, values in matrices.items()]
-        replicates.append(np.mean(drawn, axis=0))
-    low, high = percentile_interval(np.mean(replicates, axis=0), level)
+    means = [
+        np.mean([np.nanmean(_matrix(values)[0]) for values in environments.values()])
+        for environments in families.values()
+    ]
+    low, high = percentile_interval(macro_replicates(families, resamples), level)
     return MacroMean(float(np.mean(means)), low, high)
+
+
+def macro_replicates(
+    families: Mapping[str, Mapping[str, ArrayLike]], resamples: int = RESAMPLES
+) -> Floats:
+    """Return [resamples] replicates of ``macro_mean``.
+
+    Rows with as many seeds and the same instances share their draws, so that replicate *b* of one
+    can be compared with replicate *b* of another.
+    """
+    replicates = [
+        np.mean(
+            [bootstrap_means(values, name, resamples) for name, values in environments.items()],
+            axis=0,
+        )
+        for environments in families.values()
+    ]
+    total: Floats = np.mean(replicates, axis=0)
+    return total
 
 
 def stack(rows: Sequence[Mapping[int, float]]) -> Floats:

@@ -53,6 +53,7 @@ say "installing torch ($(nvidia-smi -L >/dev/null 2>&1 && echo GPU || echo CPU))
 say "installing pz-envs, pz-agents, pz-bench and their tools"
 "${pip[@]}" -c constraints.txt -e './pz_envs[math]' -e './pz_agents[train,openai,search]' -e ./pz_bench \
   pytest pytest-timeout pytest-xdist hypothesis ruff mypy types-PyYAML
-# jericho's wheel asks for spaCy (234 MB), which pz never calls.
-"${pip[@]}" -c constraints.txt --no-deps jericho
+# jericho's wheel asks for spaCy (234 MB), which pz never calls; rliable's for a plotting stack, where
+# the tests compare with its metrics alone.
+"${pip[@]}" -c constraints.txt --no-deps jericho rliable
 say "done: $(du -sh .venv | cut -f1) in .venv"

@@ -1,12 +1,14 @@
 """Language models behind one protocol: from a short text to a model, and what its weights are.
 
-A spec is ``tiny``, a ``save_pretrained`` folder, ``openai:MODEL@URL`` or ``scripted:REPLY|REPLY``.
+A spec is ``tiny``, a ``save_pretrained`` folder, ``ORGANISATION/NAME`` on the Hugging Face hub,
+``openai:MODEL@URL`` or ``scripted:REPLY|REPLY``.
 Importing this package imports neither torch nor transformers; loading a model does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from pz_agents.errors import ModelError
@@ -24,9 +26,10 @@ __all__ = [
 ]
 
 _ALLOWED = (
-    "Allowed: `tiny`, a folder that save_pretrained wrote, `openai:MODEL@http://host/v1`, "
-    "`scripted:reply|reply`"
+    "Allowed: `tiny`, a folder that save_pretrained wrote, `Organisation/Name` of the Hugging Face "
+    "hub, `openai:MODEL@http://host/v1`, `scripted:reply|reply`"
 )
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 
@@ -56,14 +59,15 @@ def load_model(spec: str, *, device: str | None = None) -> LanguageModel:
         from pz_agents.models.tiny import tiny_folder
 
         return TransformersModel(tiny_folder(), device=device, name="tiny")
-    return TransformersModel(_folder(spec), device=device)
+    return TransformersModel(model_folder(spec), device=device)
 
 
 def model_identity(spec: str) -> str:
     """Return a hash of what decides the model's answers, without loading or building it.
 
-    ``tiny`` is its recipe, a folder is its weights, configuration and tokenizer. What a server
-    holds cannot be seen from here: ``openai:`` is the spec without its transport options.
+    ``tiny`` is its recipe, a folder is its weights, configuration and tokenizer, a model of the
+    hub its name. What a server holds cannot be seen from here: ``openai:`` is the spec without its
+    transport options.
 
     Raises:
         ModelError: the folder does not exist.
@@ -81,14 +85,40 @@ def model_identity(spec: str) -> str:
         return _hash("openai", *parts)
     if kind == "scripted":
         return _hash(spec)
-    folder = _folder(spec)
+    if is_hub_id(spec):
+        return _hash("hub", spec)
+    folder = model_folder(spec)
     files = sorted(
         path for path in folder.iterdir() if path.suffix in _WEIGHTS or path.name in _TOKENIZER
     )
     return _hash("folder", *(f"{path.name}={sha256_file(path)}" for path in files))
 
 
-def _folder(spec: str) -> Path:
+def is_hub_id(spec: str) -> bool:
+    """Return whether ``spec`` names a model of the Hugging Face hub: of its form and no folder."""
+    return _HUB_ID.fullmatch(spec) is not None and not Path(spec).is_dir()
+
+
+def model_folder(spec: str) -> Path:
+    """Return where the weights lie: the folder itself, or the hub's copy in the local cache.
+
+    Nothing is downloaded: a study of 7B models should not begin with a surprise.
+
+    Raises:
+        ModelError: there is no such folder, or the model was never downloaded; the message has
+            the command that does it.
+    """
+    if is_hub_id(spec):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(spec, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise ModelError(
+                f"No folder {spec}, and no model of that name in the Hugging Face cache. "
+                f"Get it: hf download {spec}"
+            ) from None
     folder = Path(spec).expanduser()
     if not (folder / "config.json").is_file():
         raise ModelError(

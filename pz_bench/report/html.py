@@ -26,6 +26,7 @@ def render(board: Leaderboard) -> str:
         headline=tables.headline(board),
         notes=tables.notes(board),
         macro=plots.score_panel(board, None),
+        aggregates=tables.aggregates(board),
         comparisons=tables.comparisons(board),
         not_run=tables.not_run(board),
         unranked=tables.unranked(board),

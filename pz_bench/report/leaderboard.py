@@ -11,10 +11,12 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from pz_bench import scores, stats
+import numpy as np
+
+from pz_bench import ranking, scores, stats
 from pz_bench.cell import CellResult, canonical, is_trained
+from pz_bench.ranking import Aggregate, Standing
 from pz_bench.report import grouping
 from pz_bench.scores import Comparison, Score
 from pz_envs import catalog
@@ -51,9 +53,10 @@ class Macro:
 class Row:
     """One line of the table.
 
-    ``rank`` counts complete rows that are no anchors; ``reason`` says why a row is not complete,
-    and then ``macro`` is None. ``scores`` has one entry for each environment the row was planned
-    on, in the order of the columns.
+    ``rank`` counts complete rows that are no anchors, ``standing`` is how sure it is; ``reason``
+    says why a row is not complete, and then ``macro``, ``task_mean`` (each environment counting
+    once) and ``aggregate`` (over seeds x environments) are None. ``scores`` has one entry for each
+    environment the row was planned on, in the order of the columns.
     """
 
     label: str
@@ -67,6 +70,9 @@ class Row:
     reason: str | None
     macro: Macro | None
     scores: tuple[Score, ...]
+    standing: Standing | None = None
+    task_mean: float | None = None
+    aggregate: Aggregate | None = None
 
     def score(self, environment: str) -> Score | None:
         """Return the score on the environment of that name, None when it was never planned."""
@@ -135,7 +141,7 @@ def build(results: Sequence[CellResult], suite: str, title: str = "") -> Leaderb
         level=stats.LEVEL,
         resamples=stats.RESAMPLES,
         environments=tuple(environments),
-        rows=_ranked(rows),
+        rows=_ranked(rows, lines, environments),
         comparisons=tuple(_comparisons(rows, lines, environments)),
         left_out=tuple(left_out),
         versions=_versions(cells),
@@ -194,6 +200,8 @@ def _row(
         reason=reason,
         macro=None if reason else _macro(cells, own, environments),
         scores=own,
+        task_mean=None if reason else _task_mean(own),
+        aggregate=None if reason else _aggregate(cells, environments),
     )
 
 
@@ -215,15 +223,48 @@ def _macro(
 ) -> Macro:
     if len(own) == 1 and own[0].value is not None:
         return Macro(own[0].value, own[0].low, own[0].high)
-    families: dict[str, dict[str, Any]] = {}
-    for environment in environments:
-        values = scores.matrix(cells[environment.name], environment.metric)
-        families.setdefault(environment.family, {})[environment.name] = values
-    found = stats.macro_mean(families)
+    found = stats.macro_mean(_families(cells, environments))
     return Macro(*(scores.rounded(value) for value in found))
 
 
-def _ranked(rows: Sequence[Row]) -> tuple[Row, ...]:
+def _families(
+    cells: Mapping[str, list[CellResult]], environments: Sequence[Environment]
+) -> dict[str, dict[str, stats.Floats]]:
+    """Return family -> environment -> [S, I] of the metric."""
+    families: dict[str, dict[str, stats.Floats]] = {}
+    for environment in environments:
+        values = scores.matrix(cells[environment.name], environment.metric)
+        families.setdefault(environment.family, {})[environment.name] = values
+    return families
+
+
+def _task_mean(own: Sequence[Score]) -> float:
+    return scores.rounded(sum(score.value or 0.0 for score in own) / len(own))
+
+
+def _aggregate(
+    cells: Mapping[str, list[CellResult]], environments: Sequence[Environment]
+) -> Aggregate | None:
+    """Return the IQM over seeds x environments; None for a suite of one environment."""
+    if len(environments) < 2:
+        return None
+    tasks = {
+        each.name: np.nanmean(scores.matrix(cells[each.name], each.metric), axis=1)
+        for each in environments
+    }
+    found = ranking.aggregate(tasks)
+    return found._replace(
+        iqm=scores.rounded(found.iqm),
+        low=scores.rounded(found.low),
+        high=scores.rounded(found.high),
+    )
+
+
+def _ranked(
+    rows: Sequence[Row],
+    lines: Mapping[str, Mapping[str, list[CellResult]]],
+    environments: Sequence[Environment],
+) -> tuple[Row, ...]:
     """Return complete rows by macro mean, then the others by label, anchors last.
 
     Equal means share a rank.
@@ -232,12 +273,16 @@ def _ranked(rows: Sequence[Row]) -> tuple[Row, ...]:
         (row for row in rows if row.macro is not None),
         key=lambda row: (-_mean(row), row.label),
     )
-    means = [_mean(row) for row in complete if not row.anchor]
-    ranked = [
-        row if row.anchor else replace(row, rank=1 + means.index(_mean(row))) for row in complete
-    ]
+    compete = [row for row in complete if not row.anchor]
+    means = [_mean(row) for row in compete]
+    draws = [stats.macro_replicates(_families(lines[row.label], environments)) for row in compete]
+    standings = ranking.standings(draws) if len(compete) > 1 else [None] * len(compete)
+    placed = {
+        row.label: replace(row, rank=1 + means.index(_mean(row)), standing=standing)
+        for row, standing in zip(compete, standings, strict=True)
+    }
     others = sorted((row for row in rows if row.macro is None), key=_by_label)
-    return (*ranked, *others)
+    return (*(placed.get(row.label, row) for row in complete), *others)
 
 
 def _by_label(row: Row) -> tuple[bool, str]:
@@ -272,7 +317,7 @@ def _comparisons(
             )
             if result is None:
                 continue
-            difference, instances = result
+            difference = result.difference
             found.append(
                 Comparison(
                     kind="trained" if row.trained else "anchors",
@@ -283,12 +328,25 @@ def _comparisons(
                     low=scores.rounded(difference.low),
                     high=scores.rounded(difference.high),
                     p=scores.rounded(difference.p),
-                    instances=instances,
+                    p_holm=1.0,
+                    improvement=scores.rounded(result.improvement),
+                    detectable=scores.rounded(
+                        ranking.detectable_difference(difference.low, difference.high)
+                    ),
+                    instances=result.instances,
                     seeds=len(left.seeds),
                     against_seeds=len(right.seeds),
                 )
             )
-    return sorted(found, key=lambda each: each.kind != "trained")
+    return [
+        replace(each, p_holm=scores.rounded(corrected))
+        for kind in ("trained", "anchors")
+        for each, corrected in _corrected([each for each in found if each.kind == kind])
+    ]
+
+
+def _corrected(found: Sequence[Comparison]) -> list[tuple[Comparison, float]]:
+    return list(zip(found, ranking.holm([each.p for each in found]), strict=True))
 
 
 def _starting(

@@ -19,6 +19,9 @@ def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
     parts = [f"# {_escape(board.title)}", _table(tables.headline(board))]
     parts.append("\n".join(f"- {_escape(note)}" for note in tables.notes(board)))
     parts += [f"![{_alt(name)}]({name})" for name in plots]
+    over_all = tables.aggregates(board)
+    if over_all.rows:
+        parts += ["## Over the whole suite", _table(over_all)]
     if board.comparisons:
         parts += ["## Comparisons", _table(tables.comparisons(board))]
     for heading, table in (

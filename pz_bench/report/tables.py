@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pz_bench import scores
+from pz_bench.ranking import ENOUGH_SEEDS, Aggregate
 from pz_bench.report.leaderboard import Environment, Leaderboard, Row
 from pz_bench.scores import Score
 
@@ -67,6 +68,30 @@ def headline(board: Leaderboard) -> Table:
     return Table(tuple(heads), tuple(lines))
 
 
+def aggregates(board: Leaderboard) -> Table:
+    """Return what is known of complete rows over the whole suite; empty for one environment."""
+    heads = (
+        Header("Algorithm · model"),
+        Header("Macro mean", "Each family counting once, percent", "score-macro"),
+        Header("Task mean", "Each environment counting once, percent", "score-macro"),
+        Header("IQM", "Interquartile mean over seeds x environments, percent", "statistics"),
+        Header("Rank", "95 % interval", "statistics"),
+        Header("Tie group", "Rows of a group cannot be told from its first", "statistics"),
+    )
+    lines = [
+        (
+            _label(row),
+            _macro(row, None),
+            Cell(percent(row.task_mean), row.task_mean, kind="value"),
+            _iqm(row.aggregate),
+            *_standing(row),
+        )
+        for row in board.rows
+        if row.task_mean is not None and row.aggregate is not None
+    ]
+    return Table(heads, tuple(lines))
+
+
 def details(board: Leaderboard, environment: Environment) -> Table:
     """Return everything known of each row on one environment."""
     best = _best(board).get(environment.name)
@@ -105,6 +130,9 @@ def comparisons(board: Leaderboard) -> Table:
         Header("Difference", "Percentage points, paired on shared instances", "statistics"),
         Header("95 % interval", "Percentage points", "statistics"),
         Header("p", "Two-sided sign-flip permutation test over instances", "statistics"),
+        Header("p (Holm)", "Corrected over the comparisons of its kind", "statistics"),
+        Header("P(better)", "Chance that a run beats a run of the other, percent", "statistics"),
+        Header("Detectable", "True difference found 4 times in 5, points", "statistics"),
         Header("Instances"),
         Header("Seeds"),
     )
@@ -122,6 +150,13 @@ def comparisons(board: Leaderboard) -> Table:
                 Cell(signed(each.difference), each.difference, title, "value", excludes),
                 Cell(interval, each.low, title, "value"),
                 Cell(p_value(each.p), each.p, kind="value"),
+                Cell(p_value(each.p_holm), each.p_holm, kind="value"),
+                Cell(percent(each.improvement), each.improvement, kind="value"),
+                Cell(
+                    percent(each.detectable) if each.detectable else ABSENT,
+                    each.detectable,
+                    kind="value",
+                ),
                 Cell(str(each.instances), each.instances, kind="value"),
                 Cell(f"{each.seeds} and {each.against_seeds}", each.seeds, kind="value"),
             )
@@ -216,6 +251,8 @@ def notes(board: Leaderboard) -> list[str]:
         found.append("Not run is not zero: the commands that would run it are listed below.")
     if any(row.score(each.name) is None for row in board.rows for each in board.environments):
         found.append(f"{ABSENT}: not in the suite for this row.")
+    if any(row.aggregate is not None and row.aggregate.provisional for row in board.rows):
+        found.append(f"*: provisional, from fewer than {ENOUGH_SEEDS} seeds.")
     if any(row.anchor for row in board.rows):
         found.append(
             "Anchors show the range and have no rank: random acts at random, expert plays the "
@@ -302,7 +339,28 @@ def _rank(row: Row) -> Cell:
         return Cell("anchor", 1e6, "Shows the range; has no rank", "missing")
     if row.rank is None:
         return Cell(ABSENT, 1e9, row.reason or "", "missing")
-    return Cell(str(row.rank), row.rank, kind="value")
+    if row.standing is None:
+        return Cell(str(row.rank), row.rank, kind="value")
+    low, high, group = row.standing
+    title = f"95 % interval of the rank {low} to {high}; tie group {group}"
+    return Cell(str(row.rank), row.rank, title, "value")
+
+
+def _iqm(found: Aggregate) -> Cell:
+    title = f"{found.seeds} seeds"
+    text = value(found.iqm, found.low, found.high)
+    if found.provisional:
+        return Cell(f"{text}*", found.iqm, f"{title}: provisional", "value")
+    return Cell(text, found.iqm, title, "value")
+
+
+def _standing(row: Row) -> tuple[Cell, Cell]:
+    if row.standing is None:
+        text = "anchor" if row.anchor else ABSENT
+        return Cell(text, None, kind="missing"), Cell(ABSENT, None, kind="missing")
+    low, high, group = row.standing
+    text = str(low) if low == high else f"{low} to {high}"
+    return Cell(text, low, kind="value"), Cell(str(group), group, kind="value")
 
 
 def _label(row: Row) -> Cell:
@@ -379,7 +437,12 @@ def _statistics(board: Leaderboard) -> list[str]:
         "Of these, an environment whose episodes all have the same value adds no width.",
         "Comparisons are paired: the difference on shared instances, with a bootstrap that draws "
         "each side's seeds and, jointly, the instances; p is the two-sided sign-flip permutation "
-        "p-value over instances.",
+        "p-value over instances, corrected by Holm's method over all comparisons of one kind; "
+        "P(better) counts a tie as one half; the detectable difference is (z.975 + z.8) standard "
+        "errors.",
+        "Rank intervals are of the rank of the macro mean over the same bootstrap draws; the IQM "
+        "is the mean of the middle half of all seed means, with a bootstrap stratified by "
+        "environment.",
         "A score is not ranked when seeds or episodes are missing or when more than "
         f"{100 * scores.MAX_FAILURES:.0f} % of its episodes failed.",
     ]

@@ -278,6 +278,40 @@ def test_tiny_rows_are_labelled_for_what_they_are(board):
     assert note in terminal_text(board)
 
 
+def test_complete_rows_have_aggregates_over_the_whole_suite(played, make_cell):
+    done = [cell for cell in played if cell.spec.algorithm in ("random", "expert")]
+    for seed in (0, 1):
+        for algorithm, wins, share in (("good", [1, 1, 1, 0], 0.9), ("bad", [0, 0, 0, 1], 0.1)):
+            done.append(make_cell(f"m:{algorithm}", COUNTDOWN, wins, seed=seed))
+            done.append(make_cell(f"m:{algorithm}", DETECTIVE, [share, share], seed=seed, most=360))
+    board = report.build(done, "small")
+    good, bad = row_of(board, "m:good"), row_of(board, "m:bad")
+    assert good.task_mean == pytest.approx((0.75 + 0.9) / 2)
+    assert good.standing.low == 1
+    assert bad.standing.high == 2
+    assert good.aggregate.iqm == pytest.approx((0.75 + 0.9) / 2)
+    assert good.aggregate.provisional  # two seeds
+    table = tables.aggregates(board)
+    assert [row[0].text for row in table.rows] == [row.label for row in board.rows]
+    for page in (markdown.render(board), html.render(board)):
+        assert "Over the whole suite" in page
+        assert "provisional" in page
+
+
+def test_p_values_are_corrected_over_the_comparisons_of_a_kind(make_cell):
+    made = []
+    for env, most in ((COUNTDOWN, 1), (DETECTIVE, 360)):
+        made.append(make_cell("zeroshot", env, [0, 0, 0, 0, 1], model="tiny", most=most))
+        made.append(
+            make_cell("grpo", env, [1, 1, 1, 1, 1], model="tiny", most=most, train={"steps": 9})
+        )
+    found = report.build(made, "small").comparisons
+    assert [each.p for each in found] == [0.125, 0.125]
+    assert [each.p_holm for each in found] == [0.25, 0.25]
+    assert [each.improvement for each in found] == [0.9, 0.9]
+    assert all(each.detectable > 0 for each in found)
+
+
 def test_the_markdown_page_is_the_golden_one(make_cell):
     made = [
         make_cell("random", COUNTDOWN, [0, 0, 0, 0]),

@@ -153,7 +153,8 @@ def test_a_single_episode_has_no_interval(make_cell):
 def test_comparisons_use_the_instances_that_both_played(make_cell):
     left = [make_cell("grpo", COUNTDOWN, [1, 1, 1, 0, 0, 0])]
     right = [make_cell("zeroshot", COUNTDOWN, [0, 1, 0, 0], seed=seed) for seed in (0, 1)]
-    difference, instances = scores.compare(left, right, "success", COUNTDOWN)
+    found = scores.compare(left, right, "success", COUNTDOWN)
+    difference, instances = found.difference, found.instances
     assert instances == 4
     assert difference.mean == 0.5
     # of 16 sign vectors of (1, 0, 1, 0), those with equal signs on the two ones: 8
