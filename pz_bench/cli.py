@@ -84,6 +84,10 @@ def run(
         int | None, typer.Option("--limit", min=1, help="Measure at most this many cells now.")
     ] = None,
     retry_failed: RetryOption = False,
+    fresh: Annotated[
+        list[str] | None,
+        typer.Option("--fresh", help="Measure this cell again from nothing (its id, or `all`)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
 ) -> None:
     """Measure what a matrix, or -a and -e, still owes; then write and print the leaderboard."""
@@ -97,6 +101,8 @@ def run(
         typer.echo(planning.to_text(planning.lines(cells), GPU_PRICE))
         _explain(cells)
         return
+    if fresh:
+        runner.forget(runs, cells, fresh)
     _remember(runs, chosen, cells, by_hand=matrix is None)
     owed = [cell for cell in cells if cell.state == "owed"]
     if owed:
@@ -188,6 +194,31 @@ def report(
         raise typer.Exit(FAILED)
     cells = len(store.cell_folders(runs))
     typer.echo(f"ok: {cells} cells and the tables of {', '.join(names)} are as they were written")
+
+
+@app.command()
+def merge(
+    other: Annotated[list[Path], typer.Argument(help="Stores of other machines.")],
+    runs: RunsOption = RUNS,
+) -> None:
+    """Bring the cells of other stores into this one; they are only read."""
+    from pz_bench.merge import merge as merge_stores
+
+    conflicts = 0
+    for folder in other:
+        done = merge_stores(runs, folder)
+        conflicts += len(done.conflicts)
+        typer.echo(
+            f"{folder}: {len(done.copied)} cells copied, {len(done.replaced)} replaced by fuller "
+            f"ones, {len(done.equal)} here already"
+        )
+        for cell in done.conflicts:
+            typer.echo(
+                f"{runs / cell} and {folder / cell} are both done and differ; ours was kept. To "
+                f"take theirs: rm -r {runs / cell}, then merge again",
+                err=True,
+            )
+    raise typer.Exit(FAILED if conflicts else OK)
 
 
 @app.command()

@@ -158,11 +158,11 @@ def _hours(
 
 
 def _gpus(size: float, trained: bool) -> int:
-    """Return 80 GB GPUs: weights, gradients and AdamW take 16 bytes a parameter, sharded."""
+    """Return 80 GB GPUs; weights, gradients, AdamW and activations: 20 bytes a parameter."""
     if not trained:
         return 1 if size < 3e10 else 4
     learners = 2
-    while learners * 6e10 < 16 * size:
+    while learners * 6e10 < 20 * size:
         learners *= 2
     return 2 * learners
 

@@ -48,10 +48,12 @@ def to_text(found: Sequence[Line], gpu_price: float) -> str:
         state = line.job.state.replace("_", " ")
         rows.append(_row(line.job.id, state, size, tokens, gpus, _hours(guess), spec.title))
     left = [line for line in found if line.job.state != "done"]
+    owed = sum(line.job.state == "owed" for line in found)
     sums = _sums(left, gpu_price)
     rows.append(
-        f"{sums['cells']} of {len(found)} cells are left: at most {sums['turns']:,} evaluation "
-        f"turns; about {_count(sums['tokens'])} tokens, {sums['gpu_hours']:,.0f} GPU hours "
+        f"{owed} of {len(found)} cells are owed; all {sums['cells']} that are not done: at most "
+        f"{sums['turns']:,} turns of evaluation, about {_count(sums['tokens'])} tokens, "
+        f"{sums['gpu_hours']:,.0f} GPU hours "
         f"(${sums['usd']:,.0f}), {sums['core_hours']:,.2f} core hours"
     )
     return "\n".join([*rows, assumptions()])

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from pz_agents.errors import ModelError
 from pz_bench import store
 from pz_bench.cell import CellSpec, cell_id, identity, is_trained
 from pz_bench.cell_process import DONE, FAILED, LOCKED, PROGRESS
+from pz_bench.lock import NAME as LOCK
+from pz_bench.lock import FolderLock
+from pz_envs.errors import ConfigError, did_you_mean
 
 State = Literal["owed", "running", "done", "failed", "locked", "not_run"]
 
@@ -109,6 +113,42 @@ def _has_failures(folder: Path, cell: store.CellFile) -> bool:
     if cell.status == "failed":
         return True
     return any(episode.status == "failed" for episode in store.read_episodes(folder))
+
+
+def forget(runs: Path, jobs: Sequence[Job], names: Sequence[str]) -> None:
+    """Delete what the store has of the named jobs, so that they are measured from nothing.
+
+    Args:
+        runs: the store.
+        jobs: the plan; the state of those named becomes ``owed``.
+        names: cell ids, or ``all``.
+
+    Raises:
+        ConfigError: an id is not in the plan.
+        Locked: another process is writing one of the cells.
+    """
+    known = {job.id: job for job in jobs}
+    for name in names:
+        if name != "all" and name not in known:
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"--fresh {name}: no such cell in this run.{hint} See: pz-bench plan")
+    for job in jobs if "all" in names else [known[name] for name in names]:
+        folder = store.cell_folder(runs, job.id)
+        if folder.exists():
+            with FolderLock(folder):
+                _empty(folder)
+        if job.state in ("done", "failed"):
+            job.state, job.reason = "owed", None
+
+
+def _empty(folder: Path) -> None:
+    """Delete all in a cell's folder but its lock, which is still held."""
+    (folder / store.CELL).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def unavailable(spec: CellSpec) -> tuple[str, str | None] | None:
