@@ -13,7 +13,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 
 from pz_agents.config import Settings, parse_settings
-from pz_agents.sdk.types import Trajectory
+from pz_agents.sdk.types import Ids, Step, Trajectory
 from pz_envs.errors import ConfigError, DataError, did_you_mean
 from pz_envs.files import sha256_file
 from pz_envs.seeding import derive_seed
@@ -108,7 +109,8 @@ class EpisodeRecord:
     ``reward`` sums the step rewards; ``score`` is in the family's own units; ``seconds`` is wall
     clock. A failed episode (``status`` ``failed``) has score 0, success False and stays in every
     denominator. ``steps`` are JSON objects: observation, action, reward, score, valid,
-    format_error and the number of sampled tokens.
+    format_error, the number of sampled tokens, and where there are any: the agent's notes, the
+    sampled tokens as text (``pieces``) and their log-probs.
     """
 
     episode: int
@@ -157,20 +159,11 @@ def env_seed(env_id: str, episode: int) -> int:
     return derive_seed("eval", env_id, episode) % 2**31
 
 
-def record(episode: int, trajectory: Trajectory) -> EpisodeRecord:
-    """Return what is kept of a finished episode."""
-    steps = tuple(
-        {
-            "observation": step.observation,
-            "action": step.action,
-            "reward": step.reward,
-            "score": step.score,
-            "valid": step.valid,
-            "format_error": step.format_error,
-            "tokens": 0 if step.sample is None else len(step.sample.token_ids),
-        }
-        for step in trajectory.steps
-    )
+def record(
+    episode: int, trajectory: Trajectory, decode: Callable[[Ids], str] | None = None
+) -> EpisodeRecord:
+    """Return what is kept of a finished episode; ``decode`` turns a token into text."""
+    steps = tuple(_step(step, decode) for step in trajectory.steps)
     return EpisodeRecord(
         episode=episode,
         env_seed=trajectory.env_seed,
@@ -193,6 +186,29 @@ def record(episode: int, trajectory: Trajectory) -> EpisodeRecord:
         steps=steps,
         final_observation=trajectory.final_observation,
     )
+
+
+def _step(step: Step, decode: Callable[[Ids], str] | None) -> dict[str, Any]:
+    kept: dict[str, Any] = {
+        "observation": step.observation,
+        "action": step.action,
+        "reward": step.reward,
+        "score": step.score,
+        "valid": step.valid,
+        "format_error": step.format_error,
+        "tokens": 0 if step.sample is None else len(step.sample.token_ids),
+    }
+    if step.notes:
+        kept["notes"] = dict(step.notes)
+    if step.sample is not None and decode is not None:
+        kept["pieces"] = [decode(step.sample.token_ids[n : n + 1]) for n in range(kept["tokens"])]
+        kept["log_probs"] = [_finite(value) for value in step.sample.log_probs.tolist()]
+    return kept
+
+
+def _finite(value: float) -> float | None:
+    """Return ``value`` to three decimals; None where a server gave no log-prob."""
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def to_line(episode: EpisodeRecord) -> str:

@@ -40,7 +40,9 @@ from pz_envs.errors import ConfigError, DataError, PzError
 from pz_envs.files import write_atomic
 
 if TYPE_CHECKING:
+    from pz_agents.models import LanguageModel
     from pz_agents.sdk.protocols import Agent
+    from pz_agents.sdk.types import Ids
 
 DONE, FAILED, LOCKED, INTERRUPTED = 0, 1, 75, 130
 PROGRESS = "progress.json"
@@ -82,8 +84,9 @@ def measure(folder: Path) -> None:
         with FolderLock(folder, wait_seconds=_LOCK_SECONDS) as lock:
             try:
                 _check_unchanged(cell)
-                agent = _agent(spec, folder, progress)
-                _evaluate(spec, agent, folder, progress, lock.check)
+                agent, model = _player(spec, folder, progress)
+                decode = None if model is None else model.decode
+                _evaluate(spec, agent, decode, folder, progress, lock.check)
             except (ConfigError, DataError, AgentError, ModelError) as error:
                 _seal(folder, "failed", str(error), began)
                 raise
@@ -106,8 +109,8 @@ def _check_unchanged(cell: store.CellFile) -> None:
         )
 
 
-def _agent(spec: CellSpec, folder: Path, progress: Progress) -> Agent:
-    """Return who plays, trained first where the algorithm says so."""
+def _player(spec: CellSpec, folder: Path, progress: Progress) -> tuple[Agent, LanguageModel | None]:
+    """Return who plays and with which model, trained first where the algorithm says so."""
     from pz_agents.sdk.loading import load_agent
 
     if is_trained(spec.algorithm):
@@ -118,9 +121,9 @@ def _agent(spec: CellSpec, folder: Path, progress: Progress) -> Agent:
 
         policy = train(training_settings(spec), folder / "train", on_progress=on_step)
         model = _load_model(str(policy))
-        return load_agent("zeroshot", model=model, kwargs=spec.agent_kwargs)
+        return load_agent("zeroshot", model=model, kwargs=spec.agent_kwargs), model
     model = None if spec.model is None else _load_model(spec.model)
-    return load_agent(spec.algorithm, model=model, kwargs=spec.agent_kwargs)
+    return load_agent(spec.algorithm, model=model, kwargs=spec.agent_kwargs), model
 
 
 def _load_model(name: str) -> Any:
@@ -133,7 +136,12 @@ def _load_model(name: str) -> Any:
 
 
 def _evaluate(
-    spec: CellSpec, agent: Agent, folder: Path, progress: Progress, check_lock: Callable[[], None]
+    spec: CellSpec,
+    agent: Agent,
+    decode: Callable[[Ids], str] | None,
+    folder: Path,
+    progress: Progress,
+    check_lock: Callable[[], None],
 ) -> None:
     from pz_agents.rollout.loop import EpisodeSpec, Limits, run_episodes
     from pz_envs.catalog import make_env
@@ -165,7 +173,7 @@ def _evaluate(
                 check_lock()
                 if trajectory.status == "failed":
                     _logger.warning("episode %s failed: %s", trajectory.key, trajectory.error)
-                log.append(record(int(trajectory.key), trajectory))
+                log.append(record(int(trajectory.key), trajectory, decode))
                 progress("evaluate", len(log.numbers), spec.episodes)
 
 

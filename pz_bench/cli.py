@@ -253,6 +253,32 @@ def ls(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def view(
+    episode: Annotated[list[str], typer.Argument(help="CELL or CELL:EPISODE; two stand abreast.")],
+    runs: RunsOption = RUNS,
+    failed: Annotated[bool, typer.Option("--failed", help="Leave out what succeeded.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page instead.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a cell's episodes, or one of them turn by turn."""
+    from pz_bench import view as viewing
+    from pz_envs.files import write_atomic
+
+    shown = [viewing.find(runs, each, failed_only=failed) for each in episode]
+    if html is not None:
+        write_atomic(html, viewing.to_html(shown))
+        typer.echo(f"written: {html}")
+    elif as_json:
+        typer.echo("\n".join(map(viewing.to_json, shown)))
+    elif len(shown) == 2 and all(":" in each for each in episode):
+        _console().print(viewing.side_by_side(*shown))
+    else:
+        for name, each in zip(episode, shown, strict=True):
+            picture = viewing.turn_by_turn if ":" in name else viewing.overview
+            _console().print(picture(each))
+
+
+@app.command()
 def doctor(runs: RunsOption = RUNS) -> None:
     """Say what works here, and what to type about what does not."""
     from pz_bench.doctor import findings

@@ -8,7 +8,7 @@ kept between turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pz_agents.config import parse_settings
 from pz_agents.errors import AgentError
@@ -121,12 +121,12 @@ class MctsAgent:
             Roots(prior, roots.counts, roots.values), model, [generator(seed, "search")]
         )
         chosen = int(result.chosen[0])
-        notes: dict[str, float] = {
+        notes: dict[str, Any] = {
             "commands": len(commands),
             "simulations": result.simulations,
             "value": float(result.values[0]),
             "q": float(result.q[chosen]),
-            "visits": int(result.visits[chosen]),
+            "visits": dict(zip(commands, map(int, result.visits), strict=False)),
             **root_statistics(prior, result.visits),
         }
         return Action(commands[chosen], notes=notes)
