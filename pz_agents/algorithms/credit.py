@@ -150,6 +150,28 @@ def varied(rewards: ArrayLike, groups: Sequence[str]) -> NDArray[np.bool_]:
     return found
 
 
+def separate_means(
+    sizes: ArrayLike, apart: NDArray[np.bool_], weight: float
+) -> NDArray[np.float64]:
+    """Return factors [N] that make one mean over all rows the sum of two means.
+
+    With these on the rows' advantages, sum_i size_i f_i x_i / sum_i size_i is the mean of x over
+    the rows that are not ``apart`` plus ``weight`` times its mean over those that are.
+
+    Args:
+        sizes: [N] what a row counts in the mean: its trained tokens, or 1.
+        apart: [N] True for the rows with a mean of their own.
+        weight: of that mean.
+    """
+    sizes = np.asarray(sizes, dtype=np.float64)
+    total = sizes.sum()
+    factors = np.zeros(sizes.shape)
+    for rows, share in ((~apart, 1.0), (apart, weight)):
+        if rows.any():
+            factors[rows] = share * total / sizes[rows].sum()
+    return factors
+
+
 def overlong_penalty(lengths: ArrayLike, limit: int, cache: int) -> NDArray[np.float64]:
     """Return what DAPO adds to the rewards of long rollouts [N], between -1 and 0.
 

@@ -2,7 +2,8 @@
 
 Consecutive samples of a trajectory share one row as long as each prompt begins with exactly the
 ids that came before it (integer comparison, nothing is decoded); otherwise a new row begins. The
-mask is True on sampled tokens and nowhere else.
+mask is True on sampled tokens and nowhere else; where only the turns from some turn on are to be
+trained, it is those turns' tokens alone.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pz_agents.sdk.types import Ids, LogProbs, Sample, Trajectory
 class TrainRow:
     """One sequence to train on; all arrays are [L] and indexed by the token they describe.
 
-    ids: the sequence. mask: True on sampled tokens, never at position 0.
+    ids: the sequence. mask: True on sampled tokens that are trained, never at position 0.
     log_probs: as sampled, 0 elsewhere. versions: of the weights that sampled, -1 elsewhere.
-    turns: index of the turn that sampled the token, -1 elsewhere. advantages: 0 off the mask.
+    turns: index of the turn that sampled the token, -1 elsewhere, also where it is not trained.
+    advantages: 0 off the mask.
     """
 
     ids: Ids
@@ -37,7 +39,7 @@ class TrainRow:
 
     @property
     def prompt_length(self) -> int:
-        """Number of tokens before the first sampled one."""
+        """Number of tokens before the first trained one."""
         return int(np.argmax(self.mask))
 
 
@@ -60,15 +62,37 @@ def rows_with(trajectories: Sequence[Trajectory], advantages: Advantages) -> lis
     ]
 
 
-def rows_of(trajectory: Trajectory, advantage: float) -> list[TrainRow]:
-    """Return the rows of one trajectory, every sampled token with the same ``advantage``.
+def rows_of(trajectory: Trajectory, advantage: float, first_turn: int = 0) -> list[TrainRow]:
+    """Return the rows of one trajectory, every trained token with the same ``advantage``.
 
     Samples without tokens, and steps without a sample, are passed over.
+
+    Args:
+        trajectory: a finished episode.
+        advantage: of its tokens.
+        first_turn: earlier turns are context only; a row of nothing else is left out.
 
     Raises:
         ValueError: a sample has an empty prompt, or not one log-prob a token.
     """
-    return [_row(trajectory, chain, advantage) for chain in _chains(trajectory)]
+    rows = (_row(trajectory, chain, advantage, first_turn) for chain in _chains(trajectory))
+    return [row for row in rows if row.mask.any()]
+
+
+def shared_turns(first: Trajectory, second: Trajectory) -> int:
+    """Return how many turns two episodes begin with that are the same, token for token."""
+    count = 0
+    for left, right in zip(first.steps, second.steps, strict=False):
+        one, other = left.sample, right.sample
+        if one is None or other is None:
+            same = one is other and left.action == right.action
+        else:
+            same = np.array_equal(one.prompt_ids, other.prompt_ids)
+            same = same and np.array_equal(one.token_ids, other.token_ids)
+        if not same:
+            break
+        count += 1
+    return count
 
 
 def _chains(trajectory: Trajectory) -> Iterator[list[tuple[int, Sample]]]:
@@ -94,7 +118,9 @@ def _chains(trajectory: Trajectory) -> Iterator[list[tuple[int, Sample]]]:
         yield chain
 
 
-def _row(trajectory: Trajectory, chain: list[tuple[int, Sample]], advantage: float) -> TrainRow:
+def _row(
+    trajectory: Trajectory, chain: list[tuple[int, Sample]], advantage: float, first_turn: int
+) -> TrainRow:
     last = chain[-1][1]
     ids = np.concatenate([last.prompt_ids, last.token_ids]).astype(np.int32)
     mask = np.zeros(len(ids), np.bool_)
@@ -104,7 +130,7 @@ def _row(trajectory: Trajectory, chain: list[tuple[int, Sample]], advantage: flo
     for turn, sample in chain:
         start = len(sample.prompt_ids)
         sampled = slice(start, start + len(sample.token_ids))
-        mask[sampled] = True
+        mask[sampled] = turn >= first_turn
         log_probs[sampled] = sample.log_probs
         versions[sampled] = sample.version
         turns[sampled] = turn

@@ -72,7 +72,8 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> Ids:
         """Return the ids of plain text, no special tokens added."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        # Whether it is too long is the model's to say, and a prompt may yet be shortened.
+        ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Ids) -> str:

@@ -39,6 +39,22 @@ class Limits:
                 raise ConfigError(f"Limits.{name} must be positive and finite; got {value!r}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Resume:
+    """Where an episode begins that goes on from the middle of an earlier one.
+
+    steps: of the earlier episode of the same environment and seed, up to that place.
+    observation: what was seen there.
+    snapshot: the environment's state there; None: the steps' actions are sent again and every
+        observation is compared.
+    Where what is seen differs, the episode begins at its start instead, without ``steps``.
+    """
+
+    steps: tuple[Step, ...]
+    observation: str
+    snapshot: bytes | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class EpisodeSpec:
     """One episode to play; ``key`` is unique within a run and names its random streams."""
@@ -49,6 +65,7 @@ class EpisodeSpec:
     group_id: str = ""
     attempt: int = 0
     kind: str = "base"
+    resume: Resume | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -75,15 +92,18 @@ class LiveEpisode:
     invalid_streak: int = 0
     repeats: int = 0
 
+    def begin(self, observation: str, info: Mapping[str, Any], resumed: bool) -> None:
+        """Take the first thing seen; if ``resumed``, after the steps that the spec resumes."""
+        if resumed and self.spec.resume is not None:
+            for step in self.spec.resume.steps:
+                self._add(step)
+        self.observation, self.info = observation, info
+
     def record(self, observation: str, reward: float, info: Mapping[str, Any]) -> None:
         """Add the step that ``action`` led to."""
         action = self.action
         assert action is not None
-        again = bool(self.steps) and self.steps[-1].action == action.text
-        self.repeats = self.repeats + 1 if again else 1
-        self.invalid_streak = 0 if info["valid"] else self.invalid_streak + 1
-        self.tokens += 0 if action.sample is None else len(action.sample.token_ids)
-        self.steps.append(
+        self._add(
             Step(
                 observation=self.observation,
                 action=action.text,
@@ -96,6 +116,13 @@ class LiveEpisode:
             )
         )
         self.observation, self.info = observation, info
+
+    def _add(self, step: Step) -> None:
+        again = bool(self.steps) and self.steps[-1].action == step.action
+        self.repeats = self.repeats + 1 if again else 1
+        self.invalid_streak = 0 if step.valid else self.invalid_streak + 1
+        self.tokens += 0 if step.sample is None else len(step.sample.token_ids)
+        self.steps.append(step)
 
     def open_turn(self, run_seed: int) -> None:
         """Hand the turn to the agent."""

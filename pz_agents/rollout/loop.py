@@ -201,7 +201,7 @@ class _Rollout:
             slot = self._take_slot(spec.env_id)
             now = self._now()
             self._live[slot] = LiveEpisode(next(self._order), spec, slot, began=now, asked=now)
-            slot.begin(spec.env_id, spec.env_seed, self._options)
+            slot.begin(spec.env_id, spec.env_seed, self._options, spec.resume)
         return bool(self._live)
 
     def _take_slot(self, env_id: str) -> EnvSlot:
@@ -270,7 +270,7 @@ class _Rollout:
                 raise finished.error
             return [self._release(live, error=finished.error)]
         if live.action is None:
-            live.observation, live.info = finished.value
+            live.begin(*finished.value)
             self._open_turn(live)
             return []
         self._pace(live.spec.env_id).add(finished.seconds)

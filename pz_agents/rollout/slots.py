@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pz_envs.textenv import TextEnv
+from pz_envs.textenv import Info, TextEnv
+
+if TYPE_CHECKING:
+    from pz_agents.rollout.episode import Resume
 
 MakeEnv = Callable[[str], TextEnv]
 """From an environment id to a fresh environment; called from several threads."""
@@ -51,9 +54,18 @@ class EnvSlot:
         self._thread = threading.Thread(target=self._work, name="pz-env", daemon=True)
         self._thread.start()
 
-    def begin(self, env_id: str, env_seed: int, options: dict[str, Any] | None) -> None:
-        """Ask for a new episode, in the environment that is there if its id fits."""
-        self._inbox.put(lambda: self._begin(env_id, env_seed, options))
+    def begin(
+        self,
+        env_id: str,
+        env_seed: int,
+        options: dict[str, Any] | None,
+        resume: Resume | None = None,
+    ) -> None:
+        """Ask for a new episode, in the environment that is there if its id fits.
+
+        The value that comes of it is (observation, info, whether it began at ``resume``).
+        """
+        self._inbox.put(lambda: self._begin(env_id, env_seed, options, resume))
 
     def step(self, text: str) -> None:
         """Ask for one step."""
@@ -82,14 +94,23 @@ class EnvSlot:
                 self._outbox.put(Finished(self, self._phase, seconds, value))
         self._close_env()
 
-    def _begin(self, env_id: str, env_seed: int, options: dict[str, Any] | None) -> Any:
+    def _begin(
+        self, env_id: str, env_seed: int, options: dict[str, Any] | None, resume: Resume | None
+    ) -> Any:
         if self.env is None or self.env_id != env_id:
             self._phase = "make"
             self._close_env()
             self.env = self._make_env(env_id)
             self.env_id = env_id
         self._phase = "reset"
-        return self.env.reset(seed=env_seed, options=options)
+        observation, info = self.env.reset(seed=env_seed, options=options)
+        if resume is None:
+            return observation, info, False
+        found = _resumed(self.env, observation, resume)
+        if found is not None:
+            return *found, True
+        _logger.warning("%s (seed %d): replay diverged; begins afresh", env_id, env_seed)
+        return *self.env.reset(seed=env_seed, options=options), False
 
     def _step(self, text: str) -> Any:
         assert self.env is not None
@@ -104,3 +125,18 @@ class EnvSlot:
             env.close()
         except Exception:  # closing is the last thing we ask of it
             _logger.warning("%s: close() raised", type(env).__name__, exc_info=True)
+
+
+def _resumed(env: TextEnv, observation: str, resume: Resume) -> tuple[str, Info] | None:
+    """Take ``env`` from its start to ``resume``; None when something else is seen on the way."""
+    if resume.snapshot is not None:
+        observation, info = env.restore(resume.snapshot)
+        return (observation, info) if observation == resume.observation else None
+    info = {}
+    for step in resume.steps:
+        if observation != step.observation:
+            return None
+        observation, _, over, _, info = env.step(step.action)
+        if over:
+            return None
+    return (observation, info) if observation == resume.observation and info else None

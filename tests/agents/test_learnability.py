@@ -20,6 +20,7 @@ from pz_agents.models.recipe import Recipe
 from pz_agents.models.tiny import tiny_config, tiny_tokenizer
 from pz_agents.models.transformers import TransformersModel
 from pz_agents.prompting.agents import ZeroShot
+from pz_agents.prompting.reflection import Report
 from pz_agents.rollout import Limits, RolloutContext, Task
 from pz_agents.training.settings import TrainSettings
 from pz_agents.training.trl_learner import Learner
@@ -72,8 +73,11 @@ def as_played(algorithm, played, step):
 
 
 def with_shuffled_rewards(algorithm, played, step):
-    rewards = np.random.default_rng(step).permutation([item.reward for item in played])
-    shuffled = [replace(item, reward=r) for item, r in zip(played, rewards, strict=True)]
+    order = np.random.default_rng(step).permutation(len(played))
+    shuffled = [
+        replace(item, reward=played[other].reward, success=played[other].success)
+        for item, other in zip(played, order, strict=True)
+    ]
     return algorithm.credit(shuffled, algorithm.defaults).rows
 
 
@@ -106,8 +110,8 @@ def learn(
         played = sorted(
             algorithm.program(context, tasks), key=lambda item: (item.group_id, item.attempt)
         )
-        # Other than in a run, tasks that DAPO adds because the first were solved are not counted.
-        first = [item for item in played if "refill" not in item.group_id]
+        # Neither tasks that DAPO adds because the first were solved count, nor R3L's retries.
+        first = [item for item in played if item.kind == "base" and "refill" not in item.group_id]
         success.append(float(np.mean([item.success for item in first])))
         return change(algorithm, played, step)
 
@@ -136,16 +140,22 @@ def with_inverted_masks(algorithm, played, step):
     return rows
 
 
+NAMES = [name for name in ALGORITHMS if not name.startswith("r3l-")]
+"""All but presets, which only change options of `r3l`."""
+
+QUICK = {"dapo": {"max_rounds": 2}, "r3l": {"reflection_tokens": 16}}
+"""A solved bandit has no group that teaches, so DAPO soon gives up; nobody reads a reflection."""
+
+
 def quick(name: str) -> Algorithm:
-    """Return the algorithm; a solved bandit has no group that teaches, so DAPO soon gives up."""
+    """Return the algorithm, without what only takes time here."""
     algorithm = load_algorithm(name)
-    if name == "dapo":
-        return algorithm._replace(defaults=algorithm.defaults.model_copy(update={"max_rounds": 2}))
-    return algorithm
+    defaults = algorithm.defaults.model_copy(update=QUICK.get(name, {}))
+    return algorithm._replace(defaults=defaults)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_bandit_is_solved(tmp_path, name, seed):
     algorithm = quick(name)
     success = learn(Bandit, tmp_path, steps=80, algorithm=algorithm, seed=seed)
@@ -159,7 +169,7 @@ def test_three_turns_are_learned_from_the_return_of_the_episode(tmp_path):
     assert np.mean(success[-10:]) >= 0.9
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_shuffled_rewards_do_not_learn(tmp_path, name):
     algorithm = quick(name)
     success = learn(Bandit, tmp_path, steps=80, algorithm=algorithm, change=with_shuffled_rewards)
@@ -168,4 +178,41 @@ def test_shuffled_rewards_do_not_learn(tmp_path, name):
 
 def test_inverted_masks_do_not_learn(tmp_path):
     success = learn(Bandit, tmp_path, steps=120, change=with_inverted_masks)
+    assert np.mean(success[-10:]) < 0.7
+
+
+def told(base, expert):
+    """Stand in for a reflection: what did not succeed is to be done otherwise from its start."""
+    if base.success:
+        return Report("Won.", None, "success")
+    return Report("Lost.", "Chance.", "failure", "Do otherwise.", 0)
+
+
+def scripted_r3l(**options) -> Algorithm:
+    algorithm = load_algorithm("r3l")
+    return algorithm._replace(
+        program=partial(algorithm.program, reflector=told),
+        defaults=algorithm.defaults.model_copy(update=options),
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_r3l_with_a_scripted_reflector_solves_a_bandit(tmp_path, seed):
+    success = learn(Bandit, tmp_path, steps=80, algorithm=scripted_r3l(), seed=seed)
+    assert np.mean(success[:3]) < 0.5
+    assert np.mean(success[-10:]) >= 0.95
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_r3l_with_a_scripted_reflector_learns_three_turns(tmp_path, seed):
+    success = learn(Echo, tmp_path, steps=250, algorithm=scripted_r3l(), seed=seed, turns=3)
+    assert np.mean(success[:5]) < 0.4
+    assert np.mean(success[-10:]) >= 0.9
+
+
+@pytest.mark.parametrize("change", [with_shuffled_rewards, with_inverted_masks])
+def test_r3l_with_a_scripted_reflector_learns_nothing_from_what_says_nothing(tmp_path, change):
+    # Which retries are imitated is decided while they are played, before anything is shuffled.
+    algorithm = scripted_r3l(meta="off")
+    success = learn(Bandit, tmp_path, steps=80, algorithm=algorithm, change=change)
     assert np.mean(success[-10:]) < 0.7

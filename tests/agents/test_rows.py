@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pz_agents.algorithms.rows import rows_of
+from pz_agents.algorithms.rows import rows_of, shared_turns
 from pz_agents.sdk.types import Sample, Step, Trajectory
 
 GOLDEN = Path(os.environ.get("PZ_DATA", "/nonexistent")).parent / "golden" / "trainer_losses.json"
@@ -162,3 +162,47 @@ def test_the_mask_of_a_multi_turn_row_matches_the_golden_case():
     assert row.mask.astype(int).tolist() == golden["expected"]["mask"]
     assert row.mask[1:].astype(int).tolist() == golden["expected"]["target_mask_shifted"]
     assert row.prompt_length == golden["expected"]["prompt_len"]
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs the golden cases by PZ_DATA")
+def test_the_mask_from_a_pivot_on_matches_the_golden_case():
+    cases = json.loads(GOLDEN.read_text())["cases"]
+    golden = next(item for item in cases if item["id"] == "r3l_pivot_mask")
+    history: list[int] = []
+    samples = []
+    for number, (role, length) in enumerate(golden["inputs"]["segments"]):
+        tokens = [number] * length
+        if role == "asst":
+            samples.append(sample(history, tokens))
+        history = history + tokens
+    expected = golden["expected"]
+    (whole,) = rows_of(trajectory(*samples), 1.0)
+    assert whole.mask.astype(int).tolist() == expected["mask_all"]
+    (row,) = rows_of(trajectory(*samples), 1.0, golden["params"]["pivot_turn"])
+    assert row.turns.tolist() == expected["turn_id"]
+    assert row.mask.astype(int).tolist() == expected["mask_pivot"]
+    assert row.advantages.astype(int).tolist() == expected["mask_pivot"]
+    np.testing.assert_array_equal(row.log_probs, whole.log_probs)
+
+
+def test_turns_that_follow_each_other_without_a_word_between_them_are_told_apart():
+    first, second = sample([1], [2, 3]), sample([1, 2, 3], [4])
+    (row,) = rows_of(trajectory(first, second), 1.0, 1)
+    assert row.mask.tolist() == [False, False, False, True]
+
+
+def test_a_row_of_untrained_turns_alone_is_left_out():
+    rows = rows_of(trajectory(sample([1], [2]), sample([9], [8])), 1.0, 1)
+    assert [row.ids.tolist() for row in rows] == [[9, 8]]
+    assert rows_of(trajectory(sample([1], [2])), 1.0, 5) == []
+
+
+def test_shared_turns_end_at_the_first_difference_in_prompt_or_reply():
+    first, second, third = sample([1], [2]), sample([1, 2, 3], [4]), sample([1, 2, 3, 4], [5])
+    whole = trajectory(first, second, third)
+    assert shared_turns(whole, whole) == 3
+    assert shared_turns(whole, trajectory(first, second)) == 2
+    assert shared_turns(whole, trajectory(first, sample([1, 2, 9], [4]), third)) == 1
+    assert shared_turns(whole, trajectory(sample([1], [9]), second, third)) == 0
+    assert shared_turns(trajectory(None, first), trajectory(None, first)) == 2
+    assert shared_turns(trajectory(None), trajectory(first)) == 0

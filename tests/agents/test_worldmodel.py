@@ -419,7 +419,7 @@ def test_it_learns_what_pays_where_and_what_comes_next():
     )  # fmt: skip
     learner = WorldModelLearner(WorldModel(SMALL.model_copy(update={"layers": 1})), settings)
     first = learner.learn(replay, random)
-    for _ in range(120):
+    for _ in range(170):
         last = learner.learn(replay, random)
     # a reward of 1 lies between two atoms: its cross-entropy cannot fall below .68, and one step
     # in four has it

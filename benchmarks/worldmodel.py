@@ -1,0 +1,132 @@
+"""The world model on one thread: search, update, encoding, beside the machine's own GEMM rate.
+
+Prints CPU seconds of one thread, the least of several runs: searches of 25 simulations over 20
+commands at width 512 with 2 layers for 1, 8 and 64 roots; one update of 64 windows with its targets;
+and reading one observation. Weights are random: speed does not depend on them.
+
+    python benchmarks/worldmodel.py [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pz_agents.search.planner import Planner, SearchSettings
+from pz_agents.worldmodel.imagination import Imagination
+from pz_agents.worldmodel.learner import LearnerSettings, WorldModelLearner
+from pz_agents.worldmodel.network import WorldModel
+from pz_agents.worldmodel.replay import Replay, Segment
+from pz_agents.worldmodel.texts import Texts, features
+
+SIMULATIONS = 25
+COMMANDS = 20
+WORDS = "the a north south east west lamp sword house field open mailbox grue you see here".split()
+
+
+def least(work: Callable[[], object], repeats: int) -> float:
+    """Return the least CPU seconds that ``work`` took."""
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def observation(random: np.random.Generator, words: int = 60) -> str:
+    """Return a text as long as a game's."""
+    return " ".join(random.choice(WORDS, words))
+
+
+def search_rate(roots: int, repeats: int) -> float:
+    """Return simulations a CPU second."""
+    random = np.random.default_rng(roots)
+    torch.manual_seed(0)
+    texts = Texts()
+    imagined = Imagination(
+        WorldModel(), texts, slots=roots, nodes_per_tree=SIMULATIONS + 1, branching=COMMANDS
+    )
+    commands = [
+        texts.intern(f"take {number} {observation(random, 2)}") for number in range(COMMANDS)
+    ]
+    slots = list(range(roots))
+    for turn in range(4):
+        seen = [texts.intern(observation(random)) for _ in slots]
+        imagined.observe(slots, seen, [commands[0] if turn else None] * roots)
+    planner = Planner(SearchSettings(simulations=SIMULATIONS))
+
+    def work() -> None:
+        planner.search(imagined.roots(slots, [commands] * roots)[0], imagined)
+
+    work()
+    return roots * SIMULATIONS / least(work, repeats)
+
+
+def update_seconds(precision: str, repeats: int) -> float:
+    """Return CPU seconds of one update on 64 windows of 10 + 5 steps, targets included."""
+    random = np.random.default_rng(0)
+    texts = Texts()
+    replay = Replay(texts)
+    commands = tuple(texts.intern(f"take {number}") for number in range(COMMANDS))
+    for _ in range(40):
+        replay.add(
+            Segment(
+                tuple(texts.intern(observation(random)) for _ in range(51)),
+                tuple(int(random.choice(commands)) for _ in range(50)),
+                tuple(float(value) for value in random.integers(0, 2, 50)),
+                (commands,) * 50,
+                (np.full(COMMANDS, 1 / COMMANDS),) * 50,
+                terminated=True,
+            )
+        )
+    torch.manual_seed(0)
+    learner = WorldModelLearner(
+        WorldModel(), LearnerSettings.model_validate({"precision": precision})
+    )
+    learner.learn(replay, random)
+    return least(lambda: learner.learn(replay, random), repeats)
+
+
+def gemm_rate(rows: int, dtype: torch.dtype, repeats: int) -> float:
+    """Return GFLOP/s of [rows, 512] times [512, 2048], the weights new each time."""
+    weights = [torch.randn(2048, 512).to(dtype) for _ in range(16)]
+    left = torch.randn(rows, 512).to(dtype)
+
+    def work() -> None:
+        for weight in weights:
+            functional.linear(left, weight)
+
+    work()
+    return 16 * 2 * rows * 512 * 2048 / least(work, repeats) / 1e9
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    repeats = 3 if parser.parse_args().quick else 15
+    torch.set_num_threads(1)
+    print("GEMM of M x 512 x 2048, GFLOP/s    M=1    M=8   M=64  M=1280")
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        rates = [gemm_rate(rows, dtype, repeats) for rows in (1, 8, 64, 1280)]
+        print(f"{name:33}" + "".join(f"{rate:7.0f}" for rate in rates))
+    print(f"\nsearch, {SIMULATIONS} simulations, {COMMANDS} commands, 512 x 2, bfloat16")
+    print("roots   simulations/s   target")
+    for roots, target in ((1, 550), (8, 3_000), (64, 6_500)):
+        print(f"{roots:5}   {search_rate(roots, repeats):13,.0f}   {target:6,}")
+    print("\nupdate of 64 windows with targets, CPU seconds (target 0.33)")
+    for precision in ("bf16", "fp32"):
+        print(f"{precision}   {update_seconds(precision, max(3, repeats // 3)):.3f}")
+    text = observation(np.random.default_rng(0), 80)
+    seconds = least(lambda: [features(text) for _ in range(200)], repeats) / 200
+    print(f"\nreading one observation of 80 words: {1e3 * seconds:.3f} ms (target 0.1)")
+
+
+if __name__ == "__main__":
+    main()
