@@ -192,12 +192,26 @@ def _seal(folder: Path, status: Status, reason: str | None, began: float) -> Non
 
 
 def train_summary(path: Path) -> Mapping[str, Any] | None:
-    """Return the number of steps in a metrics file and its first and last line; None without."""
+    """Return what a table wants of a metrics file; None without.
+
+    ``steps``, ``first`` and ``last`` line, and where attempts were retried the shares of retries
+    (``improve``) and of base attempts (``improve_per_base``) that a retry bettered, over all steps.
+    """
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError):
         return None
-    return {"steps": len(lines), "first": lines[0], "last": lines[-1]} if lines else None
+    if not lines:
+        return None
+    found: dict[str, Any] = {"steps": len(lines), "first": lines[0], "last": lines[-1]}
+    retries = sum(line.get("retries", 0.0) for line in lines)
+    bases = sum(line.get("base_attempts", 0.0) for line in lines)
+    if "retries" in lines[0]:
+        better = sum(line["improve"] * line["retries"] for line in lines)
+        found["retries"] = retries
+        found["improve"] = better / retries if retries else None
+        found["improve_per_base"] = better / bases if bases else None
+    return found
 
 
 def build_tiny(folder: Path) -> None:

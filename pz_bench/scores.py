@@ -37,8 +37,10 @@ class Score:
     (none for a single episode); ``interval`` is how it was made. ``success_rate`` and
     ``invalid_share`` (of turns), ``format_error_share`` (of turns) are in 0..1. ``score`` is the
     mean in the family's own units and ``max_score`` the most that can be had. ``turns``,
-    ``sampled_tokens``, ``prompt_tokens`` and ``seconds`` are means an episode. Numbers are None
-    where no episode was played. ``planned`` is the number of episodes a seed.
+    ``sampled_tokens``, ``prompt_tokens`` and ``seconds`` are means an episode. ``improve`` and
+    ``improve_per_base`` are the shares of retries, and of base attempts, that a retry bettered
+    while training, a mean over seeds. Numbers are None where no episode was played. ``planned`` is
+    the number of episodes a seed.
     """
 
     environment: str
@@ -59,6 +61,8 @@ class Score:
     sampled_tokens: float | None = None
     prompt_tokens: float | None = None
     seconds: float | None = None
+    improve: float | None = None
+    improve_per_base: float | None = None
     episodes: int = 0
     failures: int = 0
     seeds: tuple[int, ...] = ()
@@ -148,6 +152,8 @@ def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[i
         sampled_tokens=_mean(episodes, lambda each: each.sampled_tokens),
         prompt_tokens=_mean(episodes, lambda each: each.prompt_tokens),
         seconds=_mean(episodes, lambda each: each.seconds),
+        improve=_trained_mean(cells, "improve"),
+        improve_per_base=_trained_mean(cells, "improve_per_base"),
         episodes=len(episodes),
         failures=_failures(episodes),
         seeds=tuple(cell.spec.seed for cell in cells if cell.episodes),
@@ -218,6 +224,12 @@ def _interval(values: stats.Floats, metric: Metric, stream: str) -> stats.Interv
 
 def _mean(episodes: Sequence[EpisodeRecord], of: Callable[[EpisodeRecord], float]) -> float:
     return rounded(sum(of(episode) for episode in episodes) / len(episodes))
+
+
+def _trained_mean(cells: Sequence[CellResult], name: str) -> float | None:
+    found = [(cell.train_metrics or {}).get(name) for cell in cells]
+    values = [value for value in found if value is not None]
+    return rounded(sum(values) / len(values)) if values else None
 
 
 def _failures(episodes: Sequence[EpisodeRecord]) -> int:

@@ -62,7 +62,10 @@ _WALKTHROUGH_SCORES = {
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What all rows of a family share; ``score`` and ``success`` are definitions for reports."""
+    """What all rows of a family share; ``score`` and ``success`` are definitions for reports.
+
+    ``turns`` is what a table calls an episode's turns: steps, or attempts at one question.
+    """
 
     name: str
     title: str
@@ -70,6 +73,7 @@ class Family:
     success: str
     extra: str | None = None
     dataset: str | None = None
+    turns: str = "Steps"
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -81,6 +85,7 @@ FAMILIES: Mapping[str, Family] = {
             score="1 when an answer used every number once and made the target exactly, else 0.",
             success="The answer uses every number exactly once and equals the target exactly.",
             dataset="countdown",
+            turns="Attempts",
         ),
         Family(
             name="jericho",
@@ -135,6 +140,7 @@ FAMILIES: Mapping[str, Family] = {
             ),
             extra="math",
             dataset="math",
+            turns="Attempts",
         ),
     )
 }
@@ -296,9 +302,15 @@ def register_all() -> None:
             gymnasium.register(
                 row.id,
                 entry_point=row.entry_point,
+                vector_entry_point=f"pz_envs.vector:{row.id}",
                 kwargs=dict(row.kwargs),
                 disable_env_checker=True,
             )
+
+
+def extra_module(extra: str) -> str:
+    """Return the name of the module that an extra installs."""
+    return _EXTRA_MODULES.get(extra, extra)
 
 
 def missing(row: EnvRow) -> str | None:
@@ -308,7 +320,7 @@ def missing(row: EnvRow) -> str | None:
         DataError: ``PZ_DATA`` names a folder that does not exist.
     """
     if row.extra is not None:
-        module = _EXTRA_MODULES.get(row.extra, row.extra)
+        module = extra_module(row.extra)
         if importlib.util.find_spec(module) is None:
             return (
                 f"The package `{module}` is not installed. "

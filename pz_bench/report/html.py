@@ -27,6 +27,7 @@ def render(board: Leaderboard) -> str:
         notes=tables.notes(board),
         macro=plots.score_panel(board, None),
         aggregates=tables.aggregates(board),
+        retries=tables.retries(board),
         comparisons=tables.comparisons(board),
         not_run=tables.not_run(board),
         unranked=tables.unranked(board),

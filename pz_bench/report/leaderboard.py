@@ -34,6 +34,7 @@ class Environment:
     metric: scores.Metric
     score_definition: str
     success_definition: str
+    turns_name: str
     seeds: tuple[int, ...]
 
 
@@ -163,6 +164,7 @@ def _environment(
         metric=row.metric,
         score_definition=family.score,
         success_definition=family.success,
+        turns_name=family.turns,
         seeds=seeds,
     )
 

@@ -22,6 +22,9 @@ def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
     over_all = tables.aggregates(board)
     if over_all.rows:
         parts += ["## Over the whole suite", _table(over_all)]
+    retries = tables.retries(board)
+    if retries.rows:
+        parts += ["## Success, steps, attempts, improvement", _table(retries)]
     if board.comparisons:
         parts += ["## Comparisons", _table(tables.comparisons(board))]
     for heading, table in (

@@ -19,6 +19,10 @@ Kind = Literal["label", "value", "unranked", "missing", "text"]
 
 ABSENT = "–"
 NOT_RUN = "not run"
+_IMPROVE = (
+    "Share of retries that bettered the attempt they repeat while training, percent; in "
+    "parentheses the share of all base attempts"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ def aggregates(board: Leaderboard) -> Table:
 def details(board: Leaderboard, environment: Environment) -> Table:
     """Return everything known of each row on one environment."""
     best = _best(board).get(environment.name)
+    improve = any(score.improve is not None for score in _scores_of(board, environment))
     heads = (
         Header("Algorithm · model"),
         Header(
@@ -105,7 +110,8 @@ def details(board: Leaderboard, environment: Environment) -> Table:
         Header("95 % interval", "Percent"),
         Header("Success", "Share of episodes that succeed, percent"),
         Header("Score", "Mean of the family's own score, of the most there is"),
-        Header("Turns", "Mean an episode"),
+        Header(environment.turns_name, "Turns, mean an episode"),
+        *([Header("Improve", _IMPROVE)] if improve else []),
         Header("Invalid", "Share of turns whose action was not legal, percent"),
         Header("Sampled tokens", "Mean an episode"),
         Header("Prompt tokens", "Mean an episode, counted once a request"),
@@ -117,8 +123,41 @@ def details(board: Leaderboard, environment: Environment) -> Table:
     for row in board.rows:
         score = row.score(environment.name)
         if score is not None:
-            lines.append((_label(row), _score(score, best, row), *_numbers(score)))
+            lines.append((_label(row), _score(score, best, row), *_numbers(score, improve)))
     return Table(heads, tuple(lines))
+
+
+def retries(board: Leaderboard) -> Table:
+    """Return success, steps or attempts, and improvement side by side; empty without retries."""
+    heads = (
+        Header("Environment"),
+        Header("Algorithm · model"),
+        Header("Success", "Share of episodes that succeed, percent"),
+        Header("Steps", "Turns in the environment, mean an episode"),
+        Header("Attempts", "Answers to one question, mean an episode"),
+        Header("Improve", _IMPROVE),
+    )
+    lines = []
+    for environment in board.environments:
+        for row in board.rows:
+            score = row.score(environment.name)
+            if score is None or score.value is None:
+                continue
+            turns = Cell(amount(score.turns), score.turns, kind="value")
+            absent = Cell(ABSENT, None, kind="missing")
+            steps = environment.turns_name == "Steps"
+            success = score.success_rate or 0.0
+            lines.append(
+                (
+                    Cell(environment.short, environment.short, kind="label"),
+                    _label(row),
+                    Cell(percent(success), success, kind="value"),
+                    *((turns, absent) if steps else (absent, turns)),
+                    _improve(score),
+                )
+            )
+    tried = any(score.improve is not None for row in board.rows for score in row.scores)
+    return Table(heads, tuple(lines) if tried else ())
 
 
 def comparisons(board: Leaderboard) -> Table:
@@ -204,7 +243,7 @@ def settings(board: Leaderboard) -> Table:
     """Return with which seeds, how many episodes and how many turns each column was played."""
     lines = []
     for environment in board.environments:
-        found = [score for row in board.rows if (score := row.score(environment.name)) is not None]
+        found = _scores_of(board, environment)
         lines.append(
             (
                 Cell(environment.name, environment.name, kind="label"),
@@ -398,9 +437,9 @@ def _interval_title(low: float | None, high: float | None) -> str:
     return f"95 % interval {percent(low)} to {percent(high)}"
 
 
-def _numbers(score: Score) -> tuple[Cell, ...]:
+def _numbers(score: Score, improve: bool) -> tuple[Cell, ...]:
     if score.value is None:
-        return tuple(Cell(ABSENT, kind="missing") for _ in range(10))
+        return tuple(Cell(ABSENT, kind="missing") for _ in range(10 + improve))
     interval = (
         ABSENT
         if score.low is None or score.high is None
@@ -412,6 +451,7 @@ def _numbers(score: Score) -> tuple[Cell, ...]:
         Cell(percent(success), success, kind="value"),
         Cell(f"{amount(score.score, 2)} of {amount(score.max_score)}", score.score, kind="value"),
         Cell(amount(score.turns), score.turns, kind="value"),
+        *([_improve(score)] if improve else []),
         Cell(percent(invalid), invalid, kind="value"),
         Cell(amount(score.sampled_tokens), score.sampled_tokens, kind="value"),
         Cell(amount(score.prompt_tokens), score.prompt_tokens, kind="value"),
@@ -419,6 +459,18 @@ def _numbers(score: Score) -> tuple[Cell, ...]:
         Cell(amount(score.episodes), score.episodes, kind="value"),
         Cell(", ".join(map(str, score.seeds)), len(score.seeds), kind="value"),
     )
+
+
+def _improve(score: Score) -> Cell:
+    if score.improve is None or score.improve_per_base is None:
+        return Cell(ABSENT, None, "No retries", "missing")
+    text = f"{percent(score.improve)} ({percent(score.improve_per_base)})"
+    return Cell(text, score.improve, kind="value")
+
+
+def _scores_of(board: Leaderboard, environment: Environment) -> list[Score]:
+    found = (row.score(environment.name) for row in board.rows)
+    return [score for score in found if score is not None]
 
 
 def _range(numbers: Sequence[int]) -> str:

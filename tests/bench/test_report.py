@@ -298,6 +298,26 @@ def test_complete_rows_have_aggregates_over_the_whole_suite(played, make_cell):
         assert "provisional" in page
 
 
+def test_improvement_by_retries_stands_beside_success_steps_and_attempts(make_cell):
+    made = []
+    for env, most in ((COUNTDOWN, 1), (DETECTIVE, 360)):
+        plain = make_cell("opmd", env, [0, 1], model="tiny", most=most, train={"steps": 9})
+        retried = make_cell("r3l", env, [0, 1], model="tiny", most=most, train={"steps": 9})
+        metrics = {"steps": 9, "improve": 0.25, "improve_per_base": 0.125}
+        made += [plain, replace(retried, train_metrics=metrics)]
+    board = report.build(made, "small")
+    table = tables.retries(board)
+    assert [head.text for head in table.headers[2:]] == ["Success", "Steps", "Attempts", "Improve"]
+    texts = {(row[0].text, row[1].text): [cell.text for cell in row[2:]] for row in table.rows}
+    assert texts["Countdown", "r3l · tiny"] == ["50.0", "–", "4", "25.0 (12.5)"]
+    assert texts["Detective", "r3l · tiny"][1:] == ["4", "–", "25.0 (12.5)"]
+    assert texts["Detective", "opmd · tiny"][-1] == "–"
+    for page in (markdown.render(board), html.render(board)):
+        assert "25.0 (12.5)" in page
+    without = report.build(made[::2], "small")
+    assert not tables.retries(without).rows
+
+
 def test_p_values_are_corrected_over_the_comparisons_of_a_kind(make_cell):
     made = []
     for env, most in ((COUNTDOWN, 1), (DETECTIVE, 360)):
