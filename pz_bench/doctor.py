@@ -58,9 +58,10 @@ def _environments() -> list[Finding]:
     """Return one finding a family and one for each environment of the starter that is missing."""
     from pz_bench.matrix import expand, load_matrix
     from pz_envs import catalog
+    from pz_envs.families import FAMILIES
 
     found = []
-    for family in catalog.FAMILIES.values():
+    for family in FAMILIES.values():
         rows = [row for row in catalog.rows() if row.family == family.name]
         playable = sum(catalog.missing(row) is None for row in rows)
         found.append(Finding(playable > 0, f"{family.title}: {playable} of {len(rows)} playable"))

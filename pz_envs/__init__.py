@@ -5,8 +5,9 @@
 nothing and loads no engine.
 """
 
-from pz_envs.catalog import FAMILIES, EnvRow, Family, find, make_env, missing, register_all, rows
+from pz_envs.catalog import EnvRow, find, make_env, missing, register_all, rows
 from pz_envs.errors import ConfigError, DataError, EnvError, InfraError, PzError
+from pz_envs.families import FAMILIES, Family
 from pz_envs.textenv import INFO_KEYS, Info, Outcome, Snapshot, TextEnv, TextSpace, text_env
 
 __all__ = [

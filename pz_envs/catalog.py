@@ -1,4 +1,4 @@
-"""THE table: every family, its Gymnasium ids, data, extras and what its score means.
+"""THE table: every Gymnasium id with its family, arguments, data and extras.
 
 A row is all that trainers, the benchmark and the command line know of an environment. Entry points
 are strings: neither this module nor registration imports an engine, and ``make_env`` imports only
@@ -59,92 +59,6 @@ _WALKTHROUGH_SCORES = {
     "yomomma": 34,
 }
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What all rows of a family share; ``score`` and ``success`` are definitions for reports.
-
-    ``turns`` is what a table calls an episode's turns: steps, or attempts at one question.
-    """
-
-    name: str
-    title: str
-    score: str
-    success: str
-    extra: str | None = None
-    dataset: str | None = None
-    turns: str = "Steps"
-
-
-FAMILIES: Mapping[str, Family] = {
-    family.name: family
-    for family in (
-        Family(
-            name="countdown",
-            title="Countdown number puzzles",
-            score="1 when an answer used every number once and made the target exactly, else 0.",
-            success="The answer uses every number exactly once and equals the target exactly.",
-            dataset="countdown",
-            turns="Attempts",
-        ),
-        Family(
-            name="jericho",
-            title="Z-machine interactive fiction",
-            score="The game's own score counter; score_norm is clip(score / max_score, 0, 1).",
-            success="The maximum score is reached, or the game itself declares victory.",
-            extra="jericho",
-            dataset="jericho",
-        ),
-        Family(
-            name="webshop",
-            title="WebShop: buy what an instruction describes",
-            score=(
-                "The purchase's reward: the share of wanted attributes, options and price that it "
-                "meets, times a product-type factor; 0 when nothing is bought."
-            ),
-            success="The purchase's reward is 1.",
-        ),
-        Family(
-            name="sokoban",
-            title="Sokoban",
-            score="The number of boxes on targets; score_norm divides by the number of boxes.",
-            success="Every box is on a target.",
-            dataset="boxoban",
-        ),
-        Family(
-            name="gymcards",
-            title="Card and number games of RL4VLM",
-            score=(
-                "NumberLine, EZPoints, Points24: 1 when the target is reached or the formula is "
-                "right, else 0. Blackjack: 1 for a win, 0 for a draw, -1 for a loss."
-            ),
-            success=(
-                "The target is reached (NumberLine), the formula is right (EZPoints, Points24), "
-                "the hand is won (Blackjack)."
-            ),
-        ),
-        Family(
-            name="alfworld",
-            title="ALFWorld household tasks",
-            score="1 when the goal of the game's PDDL problem holds, else 0.",
-            success="The goal of the game's PDDL problem holds.",
-            dataset="alfworld",
-        ),
-        Family(
-            name="math",
-            title="Mathematics questions",
-            score="1 when an answer was graded equal to the gold answer, else 0.",
-            success=(
-                "An answer is equal to the gold answer: as text, as an exact number, or by "
-                "math-verify."
-            ),
-            extra="math",
-            dataset="math",
-            turns="Attempts",
-        ),
-    )
-}
-"""Every family, by name."""
 
 _EXTRA_MODULES = {"math": "math_verify"}
 """What an extra installs, where the module is not called as the extra is."""
@@ -211,7 +125,27 @@ def rows() -> tuple[EnvRow, ...]:
         max_turns=50,
         dataset="alfworld",
     )
-    return (countdown, alfworld, webshop, sokoban, *_cards(), *_maths(), *games)
+    return (countdown, alfworld, webshop, *_textworld(), sokoban, *_cards(), *_maths(), *games)
+
+
+def _textworld() -> tuple[EnvRow, ...]:
+    """Return the three challenges, then all of them in turn (or a file by path)."""
+    mixed = EnvRow(
+        id="pz/TextWorld-v0",
+        family="textworld",
+        entry_point="pz_envs.textworld.env:TextWorldEnv",
+        train_kwargs={"split": "train"},
+        eval_kwargs={"split": "test"},
+        metric="score_norm",
+        extra="textworld",
+    )
+    return (
+        *(
+            replace(mixed, id=f"pz/TextWorld{name.title()}-v0", kwargs={"challenge": name})
+            for name in ("cooking", "treasure", "coin")
+        ),
+        mixed,
+    )
 
 
 def _cards() -> tuple[EnvRow, ...]:

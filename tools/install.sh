@@ -53,7 +53,8 @@ say "installing torch ($(nvidia-smi -L >/dev/null 2>&1 && echo GPU || echo CPU))
 say "installing pz-envs, pz-agents, pz-bench and their tools"
 "${pip[@]}" -c constraints.txt -e './pz_envs[math]' -e './pz_agents[train,openai,search]' -e ./pz_bench \
   pytest pytest-timeout pytest-xdist hypothesis ruff mypy types-PyYAML
-# jericho's wheel asks for spaCy (234 MB), which pz never calls; rliable's for a plotting stack, where
-# the tests compare with its metrics alone.
-"${pip[@]}" -c constraints.txt --no-deps jericho rliable
+# Wheels that ask for more than pz calls: jericho's for spaCy (234 MB), and textworld's for jericho;
+# rliable's for a plotting stack, where the tests compare with its metrics alone.
+"${pip[@]}" -c constraints.txt tatsu networkx more_itertools hashids mementos prompt_toolkit termcolor tqdm
+"${pip[@]}" -c constraints.txt --no-deps jericho textworld rliable
 say "done: $(du -sh .venv | cut -f1) in .venv"

@@ -20,6 +20,7 @@ from pz_bench.ranking import Aggregate, Standing
 from pz_bench.report import grouping
 from pz_bench.scores import Comparison, Score
 from pz_envs import catalog
+from pz_envs.families import FAMILIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _environment(
 ) -> Environment:
     """Return a column; its short name says no arguments when its id stands in it alone."""
     row = catalog.find(cell.spec.env)
-    family = catalog.FAMILIES[row.family]
+    family = FAMILIES[row.family]
     return Environment(
         name=name,
         id=row.id,

@@ -31,6 +31,7 @@ def test_the_table_holds_every_id_of_every_family() -> None:
         "countdown": 1,
         "jericho": 57,
         "webshop": 1,
+        "textworld": 4,
         "sokoban": 1,
         "gymcards": 4,
         "math": 9,
@@ -42,7 +43,7 @@ def test_the_table_holds_every_id_of_every_family() -> None:
     for row in rows:
         family = pz_envs.FAMILIES[row.family]
         assert row.extra in (None, family.extra)
-        graded = row.family in ("jericho", "webshop")
+        graded = row.family in ("jericho", "webshop", "textworld")
         assert row.metric == ("score_norm" if graded else "success")
     assert [row.id for row in rows if not row.expert] == ["pz/Sherbet-v0"]
     assert pz_envs.find("pz/Lostpig-v0").expert_score == 6
