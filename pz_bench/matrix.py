@@ -13,7 +13,7 @@ import fnmatch
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import yaml
@@ -21,6 +21,9 @@ import yaml
 from pz_agents.config import Settings, parse_settings
 from pz_bench.cell import CellSpec, check_algorithm, is_trained, training_settings, uses_model
 from pz_envs.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from pz_envs.catalog import EnvRow
 
 BUILT_IN = Path(__file__).parent / "matrices"
 
@@ -63,7 +66,7 @@ class Row(Budget):
     """Agents and training algorithms."""
 
     environments: tuple[str, ...] = pydantic.Field(min_length=1)
-    """Environment ids or globs over them, e.g. `pz/Countdown*`."""
+    """Environment ids, globs over them (`pz/Countdown*`) or whole families (`family:jericho`)."""
 
     models: tuple[str, ...] = ()
     """Language models, for the algorithms that need one."""
@@ -249,7 +252,9 @@ def _environments(patterns: Sequence[str], where: str) -> list[tuple[str, int]]:
 
     found: dict[str, int] = {}
     for pattern in patterns:
-        if any(sign in pattern for sign in "*?["):
+        if pattern.startswith("family:"):
+            rows = _family(pattern.removeprefix("family:"), where)
+        elif any(sign in pattern for sign in "*?["):
             rows = [row for row in catalog.rows() if fnmatch.fnmatchcase(row.id, pattern)]
             if not rows:
                 raise ConfigError(f"{where}: no environment matches `{pattern}`; try pz-envs list")
@@ -257,6 +262,16 @@ def _environments(patterns: Sequence[str], where: str) -> list[tuple[str, int]]:
             rows = [catalog.find(pattern)]
         found |= {row.id: row.max_turns for row in rows}
     return list(found.items())
+
+
+def _family(name: str, where: str) -> list[EnvRow]:
+    from pz_envs import catalog
+    from pz_envs.families import FAMILIES
+
+    if name not in FAMILIES:
+        hint = did_you_mean(name, FAMILIES)
+        raise ConfigError(f"{where}: no family `{name}`.{hint} Known: {', '.join(FAMILIES)}")
+    return [row for row in catalog.rows() if row.family == name]
 
 
 def _absolute(algorithm: str) -> str:

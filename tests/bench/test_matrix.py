@@ -44,6 +44,14 @@ def test_turns_left_out_are_the_environments_own(tmp_path):
     assert {cell.max_turns for cell in cells(tmp_path, SMALL, "max_turns=3")} == {3}
 
 
+def test_a_family_stands_for_all_its_environments(tmp_path):
+    text = SMALL.replace("[pz/Countdown-v0]", '["family:gymcards"]').replace("numbers: [3]", "")
+    found = {cell.env for cell in cells(tmp_path, text)}
+    assert found == {row.id for row in catalog.rows() if row.family == "gymcards"}
+    with pytest.raises(ConfigError, match="Did you mean `gymcards`"):
+        cells(tmp_path, text.replace("gymcards", "gymcard"))
+
+
 def test_toml_says_the_same_as_yaml(tmp_path):
     toml = """
 name = "small"
