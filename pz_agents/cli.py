@@ -8,6 +8,7 @@ Ctrl-C exits 130 and the same command goes on.
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import logging
 import sys
@@ -54,24 +55,48 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+class Mode(enum.StrEnum):
+    """What ``train`` does."""
+
+    both = "both"
+    explore = "explore"
+    train = "train"
+    bench = "bench"
+
+
 @app.command()
 def train(
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; resumed if there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; resumed if there. [default: runs/NAME]")
+    ] = None,
     algorithm: Annotated[str | None, typer.Option(help="E.g. grpo.")] = None,
     env: Annotated[str | None, typer.Option(help="E.g. pz/Countdown-v0.")] = None,
     model: Annotated[str | None, typer.Option(help="tiny, or a folder with a model.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the run.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Of tasks and sampling.", min=0)] = None,
-    preset: Annotated[str | None, typer.Option(help="Settings to begin with.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Presets to begin with, e.g. quick,gpu; or none.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A .toml, .yaml or .json file of settings.")
+    ] = None,
     settings: Assignments = [],  # noqa: B006  (typer reads it, nobody changes it)
+    mode: Annotated[
+        Mode,
+        typer.Option(help="explore: only play; train: only learn; bench: evaluate checkpoints."),
+    ] = Mode.both,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|must|PATH", help="Where to go on from.")
+    ] = "auto",
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the settings and stop.")
     ] = False,
 ) -> None:
-    """Train a model; the same command resumes a run that was cut short."""
-    from pz_agents.config import parse_settings
-    from pz_agents.training.settings import TrainSettings, algorithm_options
-    from pz_envs.errors import ConfigError
+    """Train a model; the same command resumes a run that was cut short.
+
+    Settings come from presets, over them the file, over it the flags, and --set over all.
+    """
+    from pz_agents.training.settings import resolved
 
     named = {
         "preset": preset,
@@ -81,28 +106,82 @@ def train(
         "steps": steps,
         "seed": seed,
     }
-    values = {key: value for key, value in named.items() if value is not None}
+    flags: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     for assignment in settings:
-        _assign(values, assignment)
-    chosen = parse_settings(TrainSettings, values, "train")
+        _assign(flags, assignment)
+    chosen, folder = _train_settings(config, flags, out)
     if print_config:
-        shown = chosen.model_dump(mode="json")
-        shown["options"] = algorithm_options(chosen).model_dump(mode="json")
-        print(json.dumps(shown, indent=1))
+        print(json.dumps(resolved(chosen), indent=1))
         return
-    if out is None:
-        raise ConfigError("train needs a folder for the run; add --out DIR")
     with _interruptible():
-        policy = _train_with_progress(chosen, out)
-    print(f"policy: {policy}")
+        if mode is Mode.bench:
+            _bench(chosen, folder)
+        elif mode is Mode.explore:
+            _explore(chosen, folder)
+        else:
+            print(f"policy: {_train_with_progress(chosen, folder, mode, resume)}")
 
 
-def _train_with_progress(settings: Any, out: Path) -> Path:
+def _train_settings(
+    config: Path | None, flags: Mapping[str, Any], out: Path | None
+) -> tuple[Any, Path]:
+    """Return the run's settings and its folder.
+
+    Without a file or flags they are those that the run in ``out`` began with.
+    """
+    from pz_agents.config import parse_settings
+    from pz_agents.training.modes import read_settings
+    from pz_agents.training.presets import read_config, resolve
+    from pz_agents.training.settings import TrainSettings
+
+    if out is not None and config is None and not flags:
+        saved = read_settings(out)
+        if saved is not None:
+            return saved, out
+    file = read_config(config) if config else {}
+    folder = file.pop("out", None)
+    source = str(config) if config else "train"
+    chosen = parse_settings(TrainSettings, resolve(file, flags), source)
+    return chosen, out or Path(folder or _default_folder(chosen))
+
+
+def _default_folder(settings: Any) -> str:
+    """Return a folder that names the run: its algorithm, environment, model and seed."""
+    env = settings.env.rpartition("/")[2]
+    model = Path(settings.model).name
+    return f"runs/{settings.algorithm}-{env}-{model}-s{settings.seed}"
+
+
+def _bench(settings: Any, folder: Path) -> None:
+    from pz_agents.training.modes import bench
+
+    def on_row(row: Mapping[str, float]) -> None:
+        print(
+            f"step {row['step']:>6.0f} success {row['success']:.3f} "
+            f"[{row['low']:.3f}, {row['high']:.3f}] score_norm {row['score_norm']:.3f} "
+            f"turns {row['turns']:.1f}",
+            flush=True,
+        )
+
+    print(f"table: {bench(settings, folder, on_row=on_row)}")
+
+
+def _explore(settings: Any, folder: Path) -> None:
+    from pz_agents.training.modes import explore
+
+    def on_batch(batch: int, step: int) -> None:
+        print(f"batch {batch} played with the weights of step {step}", file=sys.stderr, flush=True)
+
+    print(f"batches: {explore(settings, folder, on_batch=on_batch)}")
+
+
+def _train_with_progress(settings: Any, out: Path, mode: Mode, resume: str) -> Path:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from pz_agents.training.run import train as run
+    from pz_agents.training.modes import train_both, train_only
 
+    run = train_only if mode is Mode.train else train_both
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,7 +200,7 @@ def _train_with_progress(settings: Any, out: Path) -> Path:
                 console.print(f"step {step}/{total} | {line}", highlight=False, soft_wrap=True)
 
         try:
-            return run(settings, out, on_progress=on_progress)
+            return run(settings, out, resume=resume, on_progress=on_progress)
         except KeyboardInterrupt:
             console.print(f"Stopped; {out} has a checkpoint. The same command goes on from it.")
             raise
@@ -129,11 +208,16 @@ def _train_with_progress(settings: Any, out: Path) -> Path:
 
 def _line(metrics: Mapping[str, float]) -> str:
     speed = metrics["sampled_tokens"] / max(metrics["seconds"], 1e-9)
-    return (
-        f"reward {metrics['reward']:.3f} success {metrics['success']:.3f} "
-        f"usable {metrics['usable_groups']:.0f}/{metrics['groups']:.0f} "
-        f"loss {metrics['loss']:.4f} entropy {metrics['entropy']:.3f} {speed:.0f} tok/s"
-    )
+    parts = [
+        f"reward {metrics['reward']:.3f} success {metrics['success']:.3f}",
+        f"usable {metrics['usable_groups']:.0f}/{metrics['groups']:.0f}",
+        f"loss {metrics['loss']:.4f} entropy {metrics['entropy']:.3f} {speed:.0f} tok/s",
+    ]
+    if metrics["stale_groups"]:
+        parts.insert(2, f"stale {metrics['stale_groups']:.0f}")
+    if "eval_success" in metrics:
+        parts.append(f"eval {metrics['eval_success']:.3f}")
+    return " ".join(parts)
 
 
 @app.command("eval")

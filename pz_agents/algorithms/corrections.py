@@ -9,6 +9,7 @@ so that masking lowers the step instead of raising the rest. All tensors are [B,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,15 +20,28 @@ from pz_agents.algorithms.losses import MAX_LOG_RATIO, Totals, aggregate, keep, 
 Correction = Literal["none", "token_truncate", "token_mask", "seq_truncate", "seq_mask", "geo"]
 
 
+BOUNDS: Mapping[Correction, tuple[float, float]] = {
+    "none": (0.0, 0.0),
+    "token_truncate": (0.0, 2.0),
+    "token_mask": (0.5, 5.0),
+    "seq_truncate": (0.0, 3.0),
+    "seq_mask": (0.0, 3.0),
+    "geo": (0.5, 1.5),
+}
+"""The bounds (low, high) that each rule was published with."""
+
+
 class Mismatch(NamedTuple):
     """How far the sampler was from the learner, before anything is cut off; 0-dim tensors.
 
     kl: the k3 estimate of KL(sampler || learner), a share of the mean over all trained tokens.
     effective: effective sample size over tokens, as a fraction of them (Kish), of this batch.
+    largest: the largest |old - rollout| of a token of this batch, in nats.
     """
 
     kl: Tensor
     effective: Tensor
+    largest: Tensor
 
 
 def rollout_weights(
@@ -36,8 +50,8 @@ def rollout_weights(
     mask: Tensor,
     how: Correction,
     *,
-    low: float = 0.5,
-    high: float = 2.0,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Tensor:
     """Return the weight w of each token, from rho = exp(old - rollout); 1 off the mask.
 
@@ -50,9 +64,11 @@ def rollout_weights(
         rollout_log_probs: as the engine that sampled reported them.
         mask: True on sampled tokens.
         how: the rule.
-        low: lower bound of the rules that have one.
-        high: upper bound.
+        low: lower bound of the rules that have one; None: the one in BOUNDS.
+        high: upper bound; None: the one in BOUNDS.
     """
+    low = BOUNDS[how][0] if low is None else low
+    high = BOUNDS[how][1] if high is None else high
     with torch.no_grad():
         token = ratio(old_log_probs, rollout_log_probs, mask)
         logs = token.log().sum(-1, keepdim=True)
@@ -82,7 +98,9 @@ def mismatch(
         kl = kl_estimate(rollout_log_probs, old_log_probs, mask)
         rho = keep(ratio(old_log_probs, rollout_log_probs, mask), mask)
         effective = rho.sum().square() / (rho.square().sum() * mask.sum()).clamp(min=1e-12)
-        return Mismatch(aggregate(kl, mask, "token_mean", totals), effective)
+        moved = keep(old_log_probs, mask) - keep(rollout_log_probs, mask)
+        largest = moved.abs().max() if moved.numel() else moved.sum()
+        return Mismatch(aggregate(kl, mask, "token_mean", totals), effective, largest)
 
 
 def keeps_row(

@@ -47,7 +47,7 @@ class Options(Settings):
     """What can be changed about OPMD."""
 
     form: Literal["simple", "squared", "pairwise"] = "simple"
-    """Which of the three losses; `pairwise` needs `micro_batches` 1."""
+    """Which of the three losses; `pairwise` needs `max_tokens_per_microbatch` 0."""
 
     baseline: Baseline = "mean"
     """What a reward is compared with: the group's `mean` or `log_mean_exp`."""
@@ -149,7 +149,7 @@ def _pairwise(rest: Tensor, tokens: Tokens) -> Tensor:
     if tokens.groups is None or float(trained.sum()) != tokens.totals.sequences:
         raise ConfigError(
             "OPMD's pairwise form compares all rollouts of a group with one another, so their "
-            "rows must stay together; set `micro_batches` to 1"
+            "rows must stay together; set `max_tokens_per_microbatch` to 0"
         )
     same = tokens.groups[:, None] == tokens.groups[None, :]
     pairs = torch.triu(same & trained[:, None] & trained[None, :], diagonal=1)

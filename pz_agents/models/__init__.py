@@ -31,7 +31,13 @@ _ALLOWED = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = (".safetensors", ".bin")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "adapter_config.json",
+)
 
 
 def load_model(spec: str, *, device: str | None = None) -> LanguageModel:
@@ -120,7 +126,7 @@ def model_folder(spec: str) -> Path:
                 f"Get it: hf download {spec}"
             ) from None
     folder = Path(spec).expanduser()
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(
             f"No model `{spec}`.{did_you_mean(spec, ('tiny',))} {_ALLOWED}"
             + (f"; {folder} holds no config.json" if folder.is_dir() else "")

@@ -24,11 +24,13 @@ from transformers import (
 )
 
 from pz_agents.errors import ModelError
+from pz_agents.models.adapters import ADAPTER_CONFIG, has_adapter, merged_state
 from pz_agents.models.chat import ChatTokenizer, without_progress_bars
 from pz_agents.models.protocol import Completion, GenerateRequest, Message
 from pz_agents.models.sampling import gumbel_noise, mask_top_k, mask_top_p
 from pz_agents.models.scoring import score_candidates
 from pz_agents.sdk.types import Ids, LogProbs
+from pz_envs.errors import require
 
 
 class TransformersModel:
@@ -44,6 +46,7 @@ class TransformersModel:
     Attributes:
         network: the transformers model, in evaluation mode.
         chat: the tokenizer.
+        autocast: the type of matrix products; None: that of the weights.
 
     Raises:
         ModelError: the folder holds no model that can be loaded.
@@ -61,6 +64,7 @@ class TransformersModel:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         self._batch_tokens = batch_tokens
+        self.autocast: torch.dtype | None = None
         self.chat = ChatTokenizer(folder)
         self.network: Any = self._read(folder).to(self._device)
         self.network.eval()
@@ -111,13 +115,27 @@ class TransformersModel:
                 f"A prefix of {len(prefix_ids)} tokens and a candidate of {longest} cannot be "
                 f"scored by {self.name}. Allowed: at least 1 and together {self.max_context}"
             )
-        return score_candidates(self.network, prefix_ids, candidates)
+        with self._products():
+            return score_candidates(self.network, prefix_ids, candidates)
 
     def load_weights(self, source: Path) -> int:
-        """Load a folder's weights in place; see ``LanguageModel``."""
-        if not (Path(source) / "config.json").is_file():
+        """Load a folder's weights in place; see ``LanguageModel``.
+
+        An adapter is added to the weights it belongs to, unless this model carries one as well.
+        """
+        if not any((Path(source) / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise ModelError(f"No weights in {source}: save_pretrained writes config.json there")
-        return self.load_state(self._read(Path(source)).state_dict())
+        network = self._read(Path(source))
+        carries = has_adapter(self.network)
+        return self.load_state(network.state_dict() if carries else merged_state(network))
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that ``load_model`` takes; of a model with an adapter, the adapter alone.
+
+        The adapter's folder has the path of the weights it belongs to, which must stay there.
+        """
+        self.network.save_pretrained(folder)
+        self.chat.tokenizer.save_pretrained(folder)
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> int:
         """Copy a ``state_dict`` of the same architecture in place; returns the new version.
@@ -140,7 +158,13 @@ class TransformersModel:
         self.version += 1
         return self.version
 
+    def _products(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None)
+
     def _read(self, folder: Path) -> Any:
+        if (folder / ADAPTER_CONFIG).is_file():
+            require("peft", "pz-agents[train]")
+        folder = folder.resolve()
         try:
             with without_progress_bars():
                 return AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype)
@@ -185,17 +209,18 @@ class TransformersModel:
             mask[row, width - len(prompt) :] = 1
         sampler = _Sampler(requests, self._device)
         stop = _Stop(requests, self._ends, width, self._device)
-        sequences = self.network.generate(
-            input_ids=ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max(request.max_new_tokens for request in requests),
-                pad_token_id=self.end_of_turn_id,
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stop]),
-        )
+        with self._products():
+            sequences = self.network.generate(
+                input_ids=ids.to(self._device),
+                attention_mask=mask.to(self._device),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max(request.max_new_tokens for request in requests),
+                    pad_token_id=self.end_of_turn_id,
+                ),
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )
         tokens = sequences[:, width:].cpu().numpy().astype(np.int32)
         log_probs = torch.stack(sampler.log_probs, 1).cpu().numpy()
         return [

@@ -1,53 +1,151 @@
-"""Where a run's metrics go: always ``metrics.jsonl``, tensorboard on request, a plot at the end.
+"""Where a run's figures go: always ``metrics.jsonl``, and one monitor on request.
 
-One JSON object a step, flushed as it is written. A resumed run drops the lines of steps that it
-takes again, and a last line that was torn; a value that is not finite is written as null and
-named under ``nan``.
+One JSON object a step, flushed as it is written; it holds nothing that a clock decides, so that
+runs that trained the same have the same bytes. What took how long is in ``timings.jsonl``. A
+resumed run drops the lines of steps that it takes again, and a last line that was torn; a value
+that is not finite is written as null and named under ``nan``. A monitor gets both, and its
+failures never end a run. Nothing is sent anywhere unless its own settings say so.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pz_envs.errors import require
 from pz_envs.files import write_atomic
 
+MonitorName = Literal["none", "tensorboard", "wandb", "trackio"]
+
+_logger = logging.getLogger(__name__)
+
 
 class MetricsLog:
-    """Writes ``folder/metrics.jsonl`` (and tensorboard events under ``folder/tensorboard``)."""
+    """Writes ``metrics.jsonl`` and ``timings.jsonl`` in a run's folder, and feeds the monitor.
 
-    def __init__(self, folder: Path, steps_done: int, *, tensorboard: bool = False) -> None:
-        path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
-        write_atomic(path, "".join(_line(line) for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
-        self._board: Any = None
-        if tensorboard:
-            module = require("torch.utils.tensorboard", "pz-agents[train]")
-            self._board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done)
+    Args:
+        folder: the run's.
+        steps_done: lines of later steps are dropped.
+        monitor: what gets the figures too.
+        config: the run's settings, for monitors that show them.
 
-    def write(self, metrics: Mapping[str, float]) -> None:
+    Raises:
+        ConfigError: the monitor's package is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps_done: int,
+        *,
+        monitor: MonitorName = "none",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._monitor = _MONITORS[monitor](folder, steps_done, config or {})
+        self._files = [
+            _reopen(folder / name, steps_done) for name in ("metrics.jsonl", "timings.jsonl")
+        ]
+
+    def write(self, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """Add one step; ``metrics`` has its number under ``step``."""
-        nan = [name for name, value in metrics.items() if not math.isfinite(value)]
-        values: dict[str, Any] = {
-            name: None if name in nan else value for name, value in metrics.items()
-        }
-        self._file.write(_line({**values, "nan": nan} if nan else values))
-        self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                if name != "step":
-                    self._board.add_scalar(f"train/{name}", value, int(metrics["step"]))
+        step = int(metrics["step"])
+        for file, values in zip(self._files, (metrics, {"step": step, **timings}), strict=True):
+            file.write(_line(values))
+            file.flush()
+        figures = {**metrics, **timings}
+        del figures["step"]
+        self._guarded("log", figures, step)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        for file in self._files:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Close the files and the monitor."""
+        for file in self._files:
+            file.close()
+        self._guarded("close")
+        self._monitor = None
+
+    def _guarded(self, method: str, *arguments: Any) -> None:
+        if self._monitor is None:
+            return
+        try:
+            getattr(self._monitor, method)(*arguments)
+        except Exception:  # foreign code that may want the network: training goes on without it
+            _logger.warning("the monitor failed and gets no more figures", exc_info=True)
+            self._monitor = None
+
+
+class _TensorBoard:
+    """Events under ``folder/tensorboard``."""
+
+    def __init__(self, folder: Path, steps_done: int, config: Mapping[str, Any]) -> None:
+        require("tensorboard", "pz-agents[train]")
+        module = require("torch.utils.tensorboard", "pz-agents[train]")
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run named after the folder, under ``folder/wandb`` and offline unless WANDB_MODE says."""
+
+    def __init__(self, folder: Path, steps_done: int, config: Mapping[str, Any]) -> None:
+        wandb = require("wandb", "wandb")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "pz"),
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=dict(config),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log({f"train/{name}": value for name, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    """A run named after the folder, kept under ``folder/trackio`` unless TRACKIO_DIR is set."""
+
+    def __init__(self, folder: Path, steps_done: int, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str(folder.resolve() / "trackio"))
+        self._trackio = require("trackio", "trackio")
+        self._trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "pz"),
+            name=folder.resolve().name,
+            config=dict(config),
+            resume="allow",
+        )
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        values = {f"train/{name}": value for name, value in figures.items()}
+        self._trackio.log(values, step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+_MONITORS: Mapping[str, Callable[[Path, int, Mapping[str, Any]], Any]] = {
+    "none": lambda folder, steps_done, config: None,
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "trackio": _Trackio,
+}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -64,40 +162,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw reward, success, entropy and usable groups over the steps as a PNG.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    require("matplotlib", "pz-agents[train]")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    steps = [line["step"] for line in metrics]
-    for axes, name in zip(
-        figure.subplots(2, 2).flat, ("reward", "success", "entropy", "usable_groups"), strict=True
-    ):
-        values = [math.nan if line.get(name) is None else line[name] for line in metrics]
-        axes.plot(steps, values, linewidth=0.8, alpha=0.4)
-        axes.plot(steps, _smoothed(values), linewidth=1.6)
-        axes.set_title(name)
-        axes.set_xlabel("step")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Return the exponential moving average, without its bias at the start."""
-    average, total, smoothed = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            average = weight * average + (1 - weight) * value
-            total = weight * total + (1 - weight)
-        smoothed.append(average / total if total else math.nan)
-    return smoothed
+def _reopen(path: Path, steps_done: int) -> Any:
+    """Drop the lines of steps after ``steps_done`` and return the file, open at its end."""
+    kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, allow_nan=False) + "\n"
+    nan = [name for name, value in values.items() if not math.isfinite(value)]
+    finite = {name: None if name in nan else value for name, value in values.items()}
+    return json.dumps({**finite, "nan": nan} if nan else finite, allow_nan=False) + "\n"

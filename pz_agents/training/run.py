@@ -1,9 +1,11 @@
 """A training run in a folder: play, store, give credit, learn, save; the same call resumes it.
 
-The folder holds ``config.json``, ``experience.db``, ``metrics.jsonl``, ``checkpoints/``, and at the
-end ``policy/`` and ``training_metrics.png``. Each step's tasks, sampling and row order follow from
-(run seed, step) alone, so a run that was killed and called again ends with the weights of one that
-was not. The policy that plays and the one that learns are the same module in one process.
+The folder holds ``config.json``, ``experience.db``, ``metrics.jsonl``, ``timings.jsonl``,
+``checkpoints/``, and at the end ``policy/`` and ``training_metrics.png``. Each step's tasks,
+sampling and row order follow from (run seed, step) alone, so a run that was killed and called again
+ends with the same bytes as one that was not, in weights, metrics and store. That holds where one
+process plays and learns in turn; where another one plays (``modes.py``), no group is lost or
+trained on twice.
 """
 
 from __future__ import annotations
@@ -16,24 +18,23 @@ import shutil
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from pz_agents.algorithms import Algorithm, load_algorithm
-from pz_agents.config import Settings
-from pz_agents.errors import ModelError
-from pz_agents.rollout import ExperienceStore, Lease, Limits, RolloutContext, Task
-from pz_agents.sdk.types import Trajectory
+from pz_agents.rollout import ExperienceStore, Lease
+from pz_agents.rollout.store import Role
 from pz_agents.training import checkpoint
-from pz_agents.training.monitors import MetricsLog, plot, read_metrics
-from pz_agents.training.settings import TrainSettings, algorithm_options, check_resumable
+from pz_agents.training.monitors import MetricsLog, read_metrics
+from pz_agents.training.player import Player, episode_figures
+from pz_agents.training.plots import plot_metrics
+from pz_agents.training.settings import TrainSettings, check_resumable, resolved
 from pz_envs.catalog import find
-from pz_envs.errors import InfraError, require
+from pz_envs.errors import DataError, InfraError, require
 from pz_envs.files import write_atomic
-from pz_envs.seeding import derive_seed
 
 if TYPE_CHECKING:
     from pz_agents.algorithms.rows import TrainRow
@@ -46,7 +47,14 @@ OnProgress = Callable[[int, int, Mapping[str, float]], None]
 _logger = logging.getLogger(__name__)
 
 
-def train(settings: TrainSettings, folder: Path, *, on_progress: OnProgress | None = None) -> Path:
+def train(
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    resume: str = "auto",
+    on_progress: OnProgress | None = None,
+    wait: Callable[[int, int], None] | None = None,
+) -> Path:
     """Train until ``settings.steps`` steps are done and return the final policy's folder.
 
     A run that is finished returns at once; one that was cut short goes on from its newest whole
@@ -55,7 +63,12 @@ def train(settings: TrainSettings, folder: Path, *, on_progress: OnProgress | No
     Args:
         settings: what to do.
         folder: of this run alone.
-        on_progress: called after each step with the step, the number of steps and its metrics.
+        resume: ``auto``, ``never``, ``must`` or a checkpoint's path; see ``checkpoint.choose``.
+        on_progress: called after each step with the step, the number of steps, and its metrics
+            and timings.
+        wait: None plays the episodes here. Otherwise another process plays them into the store
+            with the weights that are published in ``folder/weights``, and ``wait`` is called over
+            and over with the number of groups there are and that are needed.
 
     Raises:
         ConfigError: a setting is wrong, or differs from those the run in ``folder`` began with.
@@ -64,26 +77,31 @@ def train(settings: TrainSettings, folder: Path, *, on_progress: OnProgress | No
         ModelError: the model cannot be trained, or its loss is no longer finite.
     """
     folder = Path(folder)
-    options = algorithm_options(settings)
+    config = json.dumps(resolved(settings), indent=1)
     find(settings.env)
-    resumed = checkpoint.newest(folder / "checkpoints")
-    if resumed:
-        saved = json.loads((resumed / "config.json").read_text("utf-8"))
-        check_resumable(saved, settings, str(folder))
+    if resume == "never" and (folder / "experience.db").exists():
+        with contextlib.suppress(DataError):
+            ExperienceStore(folder / "experience.db").close()
+    resumed = checkpoint.choose(folder, resume)
+    begun = (resumed or folder) / "config.json"
+    # Before the first checkpoint only an explorer's episodes bind the trainer.
+    if resumed or (wait is not None and begun.is_file()):
+        check_resumable(json.loads(begun.read_text("utf-8")), settings, str(folder))
     policy = folder / "policy"
     done = checkpoint.step_of(resumed) if resumed else 0
     if resumed and done >= settings.steps and not checkpoint.problems(policy):
         return policy
     require("trl", "pz-agents[train]")
-    write_atomic(folder / "config.json", json.dumps(settings.model_dump(mode="json"), indent=1))
-    with ExperienceStore(folder / "experience.db") as store, _Interrupt() as interrupt:
-        run = _Run(settings, options, folder, store, interrupt, resumed)
+    write_atomic(folder / "config.json", config)
+    role: Role = "both" if wait is None else "trainer"
+    with _open_store(folder, resumed, role) as store, _Interrupt() as interrupt:
+        run = _Run(settings, folder, store, interrupt, resumed, wait)
         try:
             run.play_and_learn(on_progress)
         finally:
             run.metrics.close()
     checkpoint.write_folder(policy, partial(_copy_policy, folder / "checkpoints"))
-    plot(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics.png")
+    plot_metrics(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics")
     return policy
 
 
@@ -93,71 +111,51 @@ class _Run:
     def __init__(
         self,
         settings: TrainSettings,
-        options: Settings,
         folder: Path,
         store: ExperienceStore,
         interrupt: _Interrupt,
         resumed: Path | None,
+        wait: Callable[[int, int], None] | None,
     ) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        from pz_agents.models import load_model
-        from pz_agents.models.transformers import TransformersModel
-        from pz_agents.sdk.loading import load_agent
         from pz_agents.training.trl_learner import Learner
 
-        torch.set_num_threads(settings.threads)
-        disable_progress_bar()
         self.settings = settings
-        self.options = options
-        self.algorithm: Algorithm = load_algorithm(settings.algorithm)
         self.folder = folder
         self.store = store
         self.interrupt = interrupt
+        self.wait = wait
         self.done = self.saved = checkpoint.step_of(resumed) if resumed else 0
-        policy = load_model(settings.model)
-        if not isinstance(policy, TransformersModel):
-            raise ModelError(
-                f"`{settings.model}` cannot be trained here: its weights are not in this process. "
-                "Use `tiny` or a folder with a transformers model."
-            )
-        self.policy = policy
-        # Small updates vanish in bfloat16.
-        network = policy.network.float()
+        self.player = Player(settings)
+        self.policy = self.player.policy
+        network, options = self.policy.network, self.player.options
         reference = None
-        if getattr(options, "beta", 0.0):
-            reference = copy.deepcopy(network).requires_grad_(False)
+        if getattr(options, "beta", 0.0) or settings.kl_reward:
+            # A module with an adapter is its own reference without it.
+            adapted = settings.lora_rank > 0
+            reference = network if adapted else copy.deepcopy(network).requires_grad_(False)
         self.learner: Learner = Learner(
             network,
-            policy.chat.tokenizer,
+            self.policy.chat.tokenizer,
             settings,
-            partial(self.algorithm.loss, options=options),
+            partial(self.player.algorithm.loss, options=options),
             reference,
         )
+        self.policy.autocast = self.learner.autocast
         if resumed:
-            saved = AutoModelForCausalLM.from_pretrained(resumed / "policy", dtype=torch.float32)
-            policy.load_state(saved.state_dict())
-            state = torch.load(resumed / "training_state.pt", weights_only=True)
-            optimizer = torch.load(resumed / "optimizer.pt", weights_only=True)
-            self.learner.load_state(state["learner"], optimizer)
-            _logger.info("resumed from step %d", self.done)
+            self._load(resumed)
         self.policy.version = self.learner.updates
-        # Without a checkpoint nothing that is stored belongs to this run's history.
-        store.rollback(self.done if resumed else -1)
-        self.agent = load_agent(
-            "zeroshot",
-            model=self.policy,
-            kwargs={
-                "temperature": settings.temperature,
-                "max_new_tokens": settings.max_new_tokens,
-            },
+        # Without a checkpoint nothing that is stored belongs to this run's history, but for what
+        # an explorer played with the weights that the run begins with.
+        store.rollback(self.done if resumed or wait is not None else -1)
+        self.metrics = MetricsLog(
+            folder, self.done, monitor=settings.monitor, config=resolved(settings)
         )
-        self.metrics = MetricsLog(folder, self.done, tensorboard=settings.monitor == "tensorboard")
+        lines = read_metrics(folder / "metrics.jsonl")[-settings.save_every :]
+        self.rewards = deque([line["reward"] for line in lines], settings.save_every)
         self.lease: Lease | None = None
         self.figures: dict[str, float] = {}
         self.began = time.monotonic()
+        self.rollout_seconds = 0.0
 
     def play_and_learn(self, on_progress: OnProgress | None) -> None:
         """Take every step that is left, saving now and then and always at the end."""
@@ -166,17 +164,30 @@ class _Run:
         def after_step(step: int, learned: Mapping[str, float]) -> bool:
             assert self.lease is not None
             self.policy.version = self.learner.updates
-            self.store.ack(self.lease, step)
+            self.learner.schedule.observe(self.figures["reward"])
+            self._publish(step)
+            self.store.ack(self.lease, step, settings.max_uses)
             self.done = step
+            self.rewards.append(self.figures["reward"])
             metrics = {"step": step, **self.figures, **learned}
-            metrics["seconds"] = time.monotonic() - self.began
-            self.metrics.write(metrics)
-            if step % settings.save_every == 0 or step == settings.steps:
-                self.save()
+            due = step % settings.save_every == 0 or step == settings.steps
+            score = sum(self.rewards) / len(self.rewards)
+            if due and settings.eval_episodes:
+                figures = self.player.evaluate(settings.eval_episodes)
+                metrics.update({f"eval_{name}": value for name, value in figures.items()})
+                score = self.player.score(figures)
+            timings = {
+                "seconds": time.monotonic() - self.began,
+                "rollout_seconds": self.rollout_seconds,
+            }
+            self.metrics.write(metrics, timings)
+            if due:
+                self.save(score)
             if on_progress is not None:
-                on_progress(step, settings.steps, metrics)
+                on_progress(step, settings.steps, {**metrics, **timings})
             return not self.interrupt.requested
 
+        self._publish(self.done)
         try:
             self.learner.run(self.done + 1, settings.steps, self.collect, after_step, self.folder)
         except BaseException:
@@ -189,32 +200,47 @@ class _Run:
             raise KeyboardInterrupt
 
     def collect(self, step: int) -> Sequence[TrainRow]:
-        """Play the step's tasks, put the episodes through the store and return their rows."""
-        settings = self.settings
+        """Get the step's episodes through the store and return their rows."""
         self.began = time.monotonic()
         with self.interrupt.allowed():
-            trajectories = list(self.algorithm.program(self._context(), self._tasks(step)))
-            trajectories.sort(key=lambda item: (item.group_id, item.attempt))
-            self.store.append(trajectories, step - 1)
-        # A program may play more groups than tasks, e.g. to replace those that teach nothing.
-        groups = len({item.group_id or item.key for item in trajectories})
-        self.lease = self.store.lease(max(groups, settings.groups_per_step))
+            stale = self._gather(step)
+        settings = self.settings
+        # Who plays in turn with the learner trains on all that was played, also on groups that
+        # a program played in place of others.
+        count = self.store.unspent() if self.wait is None else settings.groups_per_step
+        self.lease = self.store.lease(count, settings.sampling, seed=step)
         played = [item for group in self.lease.groups for item in group]
-        credit = self.algorithm.credit(played, self.options)
+        punished = self.learner.with_kl_in_rewards(played)
+        credit = self.player.algorithm.credit(punished, self.player.options)
         self.figures = {
             "version": float(self.policy.version),
-            **_episode_figures(played),
+            **episode_figures(played, self.policy.version),
             **credit.stats,
             "rows": float(len(credit.rows)),
-            "rollout_seconds": time.monotonic() - self.began,
+            "stale_groups": float(stale),
         }
+        self.rollout_seconds = time.monotonic() - self.began
         return credit.rows
 
-    def save(self) -> None:
+    def _gather(self, step: int) -> int:
+        """Have enough groups in the store; returns how many were too old to be used."""
+        settings = self.settings
+        usable = range(step - 1 - settings.max_staleness, step)
+        stale = self.store.drop_stale(usable, step)
+        if self.wait is None:
+            if self.store.unspent() < settings.groups_per_step:
+                self.store.append(self.player.play(step), step - 1)
+            return stale
+        while (ready := self.store.unspent()) < settings.groups_per_step:
+            self.wait(ready, settings.groups_per_step)
+            stale += self.store.drop_stale(usable, step)
+        return stale
+
+    def save(self, score: float | None = None) -> None:
         """Write a checkpoint of the steps that are done."""
-        checkpoint.save(
-            self.folder / "checkpoints", self.done, self._write, self.settings.keep_checkpoints
-        )
+        self.metrics.sync()
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, self.done, self._write, self.settings.keep_checkpoints, score)
         self.saved = self.done
 
     def _write(self, folder: Path) -> None:
@@ -222,37 +248,38 @@ class _Run:
 
         self.policy.network.save_pretrained(folder / "policy")
         self.policy.chat.tokenizer.save_pretrained(folder / "policy")
-        torch.save(self.learner.optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "optimizer").mkdir()
+        torch.save(self.learner.optimizer.state_dict(), folder / "optimizer" / "state.pt")
         state = {"step": self.done, "learner": self.learner.state()}
         torch.save(state, folder / "training_state.pt")
+        self.store.snapshot(folder / "buffer" / "experience.db", unspent=True)
         shutil.copyfile(self.folder / "config.json", folder / "config.json")
 
-    def _tasks(self, step: int) -> list[Task]:
-        settings = self.settings
-        return [
-            Task(
-                settings.env,
-                derive_seed(settings.seed, "task", step, number) % 2**31,
-                f"step{step:06d}/task{number:04d}",
-            )
-            for number in range(settings.groups_per_step)
-        ]
+    def _load(self, resumed: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    def _context(self) -> RolloutContext:
-        from pz_envs.catalog import make_env
+        saved = AutoModelForCausalLM.from_pretrained(resumed / "policy", dtype=torch.float32)
+        self.policy.load_state(saved.state_dict())
+        state = torch.load(resumed / "training_state.pt", weights_only=True)
+        optimizer = torch.load(resumed / "optimizer" / "state.pt", weights_only=True)
+        self.learner.load_state(state["learner"], optimizer)
+        _logger.info("resumed from step %d", self.done)
 
-        settings = self.settings
-        commands = True if getattr(self.agent, "needs_admissible_commands", False) else None
-        return RolloutContext(
-            agent=self.agent,
-            make_env=partial(
-                make_env, split="train", admissible_commands=commands, **settings.env_kwargs
-            ),
-            limits=Limits(turns=settings.max_turns),
-            seed=settings.seed,
-            concurrency=settings.concurrency,
-            group_size=settings.group_size,
-            options=self.options,
+    def _publish(self, step: int) -> None:
+        """Publish the weights for a process that plays, where there is one."""
+        if self.wait is None:
+            return
+        import torch
+
+        from pz_agents.models.adapters import merged_state
+
+        state = merged_state(self.policy.network)
+        checkpoint.publish(
+            self.folder / "weights",
+            lambda folder: torch.save(state, folder / "weights.pt"),
+            step,
+            self.learner.updates,
         )
 
 
@@ -297,17 +324,24 @@ class _Interrupt:
             signal.signal(*self._previous.popitem())
 
 
-def _episode_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return means over the step's episodes; a failed one counts as reward 0, no success."""
-    count = max(len(trajectories), 1)
-    return {
-        "reward": sum(item.reward for item in trajectories) / count,
-        "success": sum(item.success for item in trajectories) / count,
-        "turns": sum(len(item.steps) for item in trajectories) / count,
-        "sampled_tokens": float(sum(item.sampled_tokens for item in trajectories)),
-        "truncated": sum(item.truncated != "" for item in trajectories) / count,
-        "failed": float(sum(item.status == "failed" for item in trajectories)),
-    }
+def _open_store(folder: Path, resumed: Path | None, role: Role) -> ExperienceStore:
+    """Open the run's store; where it is lost, the checkpoint's copy of what is left to use.
+
+    Raises:
+        DataError: the store is damaged and there is no checkpoint.
+    """
+    path = folder / "experience.db"
+    buffer = resumed / "buffer" / "experience.db" if resumed else None
+    if path.exists() or buffer is None:
+        try:
+            return ExperienceStore(path, role)
+        except DataError:
+            # A damaged file was moved out of the way; one of another version was not.
+            if buffer is None or path.exists():
+                raise
+    _logger.warning("%s goes on from the copy in %s", path, buffer)
+    write_atomic(path, buffer.read_bytes())
+    return ExperienceStore(path, role)
 
 
 def _copy_policy(checkpoints: Path, target: Path) -> None:

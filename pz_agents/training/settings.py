@@ -1,33 +1,22 @@
-"""What a training run is told: settings, named presets, and which settings may change on resume."""
+"""What a training run is told, and which settings may change when it is resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import pydantic
 
 from pz_agents.algorithms import load_algorithm
 from pz_agents.config import Settings, parse_settings
-from pz_envs.errors import ConfigError, did_you_mean
+from pz_agents.rollout.store import Policy
+from pz_agents.training.monitors import MonitorName
+from pz_agents.training.presets import compose, preset_names
+from pz_envs.errors import ConfigError
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "tiny-countdown": {
-        "algorithm": "grpo",
-        "env": "pz/Countdown-v0",
-        "env_kwargs": {"numbers": [3], "max_number": 20, "operators": "+-*"},
-        "model": "tiny",
-        "steps": 60,
-        "groups_per_step": 16,
-        "group_size": 16,
-        "learning_rate": 1.5e-4,
-        "max_new_tokens": 24,
-        "max_turns": 1,
-    },
-}
-"""Settings that were tried together. A setting given beside ``preset`` wins over the preset's."""
-
-FREE_TO_CHANGE = frozenset({"preset", "save_every", "keep_checkpoints", "monitor", "threads"})
+FREE_TO_CHANGE = frozenset(
+    {"preset", "save_every", "keep_checkpoints", "eval_episodes", "monitor", "threads"}
+)
 """Settings that a resumed run may change, because no weight depends on them."""
 
 TRUNCATED_SAMPLING = ("top_p", "top_k", "min_p")
@@ -38,7 +27,7 @@ class TrainSettings(Settings):
     """Everything a training run depends on."""
 
     preset: str = ""
-    """A name in PRESETS that supplies the settings not given here."""
+    """Names in `presets.toml`, with commas between, that supply the settings not given here."""
 
     algorithm: str = "grpo"
     """A name in `pz_agents.algorithms.ALGORITHMS`."""
@@ -70,8 +59,11 @@ class TrainSettings(Settings):
     learning_rate: float = pydantic.Field(default=1e-6, gt=0)
     """Highest learning rate of AdamW (betas .9 and .999, no weight decay)."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after warm-up; linear and cosine end at 0."""
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    """How the learning rate goes on after warm-up; linear and cosine end at 0, plateau halves."""
+
+    plateau_patience: int = pydantic.Field(default=20, ge=1)
+    """Steps without a higher reward after which schedule `plateau` halves the learning rate."""
 
     warmup_updates: int = pydantic.Field(default=0, ge=0)
     """Updates over which the learning rate rises."""
@@ -79,8 +71,26 @@ class TrainSettings(Settings):
     iterations: int = pydantic.Field(default=1, ge=1)
     """Updates on the rows of one step; with 1 the policy ratio is 1 and clipping never acts."""
 
-    micro_batches: int = pydantic.Field(default=1, ge=1)
-    """Parts an update's rows are split into to save memory; the loss does not depend on it."""
+    max_tokens_per_microbatch: int = pydantic.Field(default=8192, ge=0)
+    """Most tokens that go through the network together, padding included (0: all rows at once);
+    halved when memory runs out. The loss does not depend on it."""
+
+    lora_rank: int = pydantic.Field(default=0, ge=0)
+    """Rank of the adapter to train in place of the weights; 0 trains the weights."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; auto takes bfloat16 where CUDA has it. What is trained stays
+    float32, and so do log-probs and losses."""
+
+    correction: Literal[
+        "none", "token_truncate", "token_mask", "seq_truncate", "seq_mask", "geo"
+    ] = "none"
+    """What to do where the sampler's log-probs are not the learner's: a rule of
+    `pz_agents.algorithms.corrections`, for samplers on other engines or with older weights."""
+
+    kl_reward: float = pydantic.Field(default=0.0, ge=0)
+    """Weight of a rollout's KL to the starting weights, taken off its reward; an algorithm's own
+    `beta` is the weight of that KL in the loss, and only one of them may be set."""
 
     max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
@@ -97,14 +107,30 @@ class TrainSettings(Settings):
     concurrency: int = pydantic.Field(default=256, ge=1)
     """Episodes alive at once."""
 
+    max_staleness: int = pydantic.Field(default=0, ge=0)
+    """Steps that weights may be behind when what they played is trained on; older groups are
+    dropped and counted. 0 plays and trains in turn; 1 plays the next step's tasks while this one's
+    are trained on, in a process of its own; more plays further ahead."""
+
+    max_uses: int = pydantic.Field(default=1, ge=1)
+    """Steps that may train on a group; each after the first takes one of `max_staleness`."""
+
+    sampling: Policy = "fifo"
+    """Which groups a step takes when more are stored than it needs: `fifo`, `latest`, `uniform`,
+    or `priority` (newest weights first, less two steps for each use)."""
+
     save_every: int = pydantic.Field(default=20, ge=1)
     """Steps between checkpoints; the last step is always saved."""
 
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; the best is kept beside them."""
 
-    monitor: Literal["none", "tensorboard"] = "none"
-    """Where metrics go beside `metrics.jsonl`."""
+    eval_episodes: int = pydantic.Field(default=0, ge=0)
+    """Held-out episodes to play, greedily, at each checkpoint; the best checkpoint is then the
+    one with the best result, else (0) the one with the highest mean reward since the last."""
+
+    monitor: MonitorName = "none"
+    """Where figures go beside `metrics.jsonl`."""
 
     threads: int = pydantic.Field(default=1, ge=1)
     """Torch's CPU threads; more than one pays only for models above some 10 M parameters."""
@@ -127,11 +153,22 @@ class TrainSettings(Settings):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, Mapping) or not values.get("preset"):
             return values
-        name = values["preset"]
-        if name not in PRESETS:
-            hint = did_you_mean(str(name), PRESETS)
-            raise ConfigError(f"No preset `{name}`.{hint} Known: {', '.join(PRESETS)}")
-        return {**PRESETS[name], **values}
+        return {**compose(preset_names(str(values["preset"]))), **values}
+
+    @pydantic.model_validator(mode="after")
+    def _check_staleness(self) -> TrainSettings:
+        if self.batches_ahead < 0:
+            raise ConfigError(
+                f"`max_uses` is {self.max_uses} and `max_staleness` {self.max_staleness}: weights "
+                f"are {self.max_uses - 1} steps behind at a group's last use. Set `max_staleness` "
+                f"to {self.max_uses - 1} or more"
+            )
+        return self
+
+    @property
+    def batches_ahead(self) -> int:
+        """Batches that may be played before they are needed; 0: play and train in turn."""
+        return (self.max_staleness + 1) // self.max_uses - 1
 
 
 def algorithm_options(settings: TrainSettings) -> Settings:
@@ -142,24 +179,62 @@ def algorithm_options(settings: TrainSettings) -> Settings:
     """
     defaults = load_algorithm(settings.algorithm).defaults
     values = {**defaults.model_dump(), **settings.options}
-    return parse_settings(type(defaults), values, f"options of {settings.algorithm}")
+    options = parse_settings(type(defaults), values, f"options of {settings.algorithm}")
+    if settings.correction != "none" and getattr(options, "form", "simple") != "simple":
+        raise ConfigError(
+            f"`correction` ({settings.correction}) weighs each token's advantage, and the form "
+            f"`{getattr(options, 'form', '')}` of {settings.algorithm} has none a token; set it "
+            "to none, or the form to simple"
+        )
+    beta = getattr(options, "beta", 0.0)
+    if settings.kl_reward and beta:
+        raise ConfigError(
+            f"`kl_reward` ({settings.kl_reward:g}) puts the KL to the starting weights in the "
+            f"reward and {settings.algorithm}'s `beta` ({beta:g}) puts it in the loss; both would "
+            "count it twice. Set one of them to 0"
+        )
+    return options
+
+
+def resolved(settings: TrainSettings) -> dict[str, Any]:
+    """Return every setting and every option of the algorithm as plain values."""
+    options = algorithm_options(settings).model_dump(mode="json")
+    return {**settings.model_dump(mode="json"), "options": options}
 
 
 def check_resumable(saved: Mapping[str, Any], settings: TrainSettings, folder: str) -> None:
     """Compare the settings a run was started with to those it is to go on with.
 
-    ``steps`` may grow while the learning rate is constant.
+    ``steps`` may grow while the learning rate does not depend on them.
 
     Raises:
         ConfigError: a setting that weights depend on has changed; the message names it.
     """
-    now = settings.model_dump(mode="json")
+    now = resolved(settings)
+    # Settings that came after the run began had their defaults then.
+    known = {key: value for key, value in saved.items() if key in now}
+    then = resolved(TrainSettings.model_validate({**known, "preset": ""}))
     free = set(FREE_TO_CHANGE)
-    if settings.schedule == "constant" and settings.steps >= saved.get("steps", 0):
+    steady = settings.schedule in ("constant", "plateau")
+    if steady and settings.steps >= then["steps"]:
         free.add("steps")
-    for key in now.keys() - free:
-        if now[key] != saved.get(key):
+    for path, old, new in _changes(then, now):
+        if path not in free:
             raise ConfigError(
-                f"`{key}` was {saved.get(key)!r} when the run in {folder} began and is "
-                f"{now[key]!r} now; set it back, or train into another folder."
+                f"`{path}` was {old!r} when the run in {folder} began and is "
+                f"{new!r} now; set it back, or train into another folder."
             )
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted name, the old and the new value of what differs."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _changes(before, after, f"{prefix}{key}.")
+        else:
+            yield prefix + key, before, after

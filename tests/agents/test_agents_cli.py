@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ SMALL = (
     "max_new_tokens=3",
     "--set",
     "learning_rate=1e-3",
+    "--set",
+    "eval_episodes=5",
 )
 
 
@@ -107,12 +110,23 @@ def test_the_resolved_configuration_is_printed_and_set_goes_deep(run):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--env", "pz/Countdown-v0", "--steps", "1"], 2, "add --out DIR"),
         (["--env", "pz/Countdown-v0", "--steps", "0"], 2, "greater than or equal to 1"),
         (["--steps", "1"], 2, "`env`"),
         (["--preset", "tiny-countdow"], 2, "Did you mean `tiny-countdown`"),
         (["--env", "e", "--steps", "1", "--set", "sed=1"], 2, "Did you mean `seed`"),
         (["--env", "e", "--steps", "1", "--set", "seed"], 2, "KEY=VALUE"),
+        (["--env", "e", "--steps", "1", "--set", "top_p=0.9"], 2, "renormalises"),
+        (["--preset", "quick,smoke"], 2, "both of the layer base"),
+        (["--config", "/none.toml"], 2, "no configuration in /none.toml"),
+        (["--env", "pz/Countdown-v0", "--out", "{out}", "--resume", "must"], 2,
+         "there is no checkpoint"),
+        (["--env", "pz/Countdown-v0", "--out", "{out}", "--resume", "/none"], 2,
+         "neither auto, never or must"),
+        (["--env", "pz/Countdown-v0", "--out", "{out}", "--mode", "bench"], 2,
+         "there is no checkpoint"),
+        (["--env", "pz/Countdown-v0", "--set", "max_uses=3", "--print-config"], 2,
+         "Set `max_staleness` to 2 or more"),
+        (["--env", "pz/Countdown-v0", "--set", "monitor=wandbb"], 2, "'trackio'"),
         (["--env", "pz/Countdwn-v0", "--steps", "1", "--out", "{out}", "--model", "{micro}"], 2,
          "Did you mean `pz/Countdown-v0`"),
         (["--env", "pz/Countdown-v0", "--steps", "1", "--out", "{out}", "--model", "/none"], 1,
@@ -129,6 +143,33 @@ def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
     assert "Traceback" not in done.stderr
 
 
+def test_a_file_says_what_flags_say_and_flags_win(run, tmp_path):
+    flags = run(
+        "train", "--algorithm", "r3l", "--env", "pz/ALFWorld-v0", "--model", "tiny",
+        "--set", "options.alpha=2", "--set", "learning_rate=2e-4", "--print-config",
+    )  # fmt: skip
+    config = json.loads(flags.stdout)
+    assert config["preset"] == "standard,alfworld,r3l,tiny"
+    assert (config["max_turns"], config["options"]["alpha"]) == (25, 2)
+    toml, yaml = tmp_path / "run.toml", tmp_path / "run.yaml"
+    toml.write_text(
+        'algorithm = "r3l"\nenv = "pz/ALFWorld-v0"\nmodel = "tiny"\nlearning_rate = 2e-4\n'
+        "[options]\nalpha = 2\n"
+    )
+    yaml.write_text(
+        "algorithm: r3l\nenv: pz/ALFWorld-v0\nmodel: tiny\nlearning_rate: 2e-4\n"
+        "options: {alpha: 2}\nout: ignored\n"
+    )
+    for path in (toml, yaml):
+        assert run("train", "--config", str(path), "--print-config").stdout == flags.stdout
+    done = run("train", "--config", str(toml), "--set", "options.alpha=1", "--print-config")
+    assert json.loads(done.stdout)["options"]["alpha"] == 1
+    toml.write_text(toml.read_text().replace("model =", "modle ="))
+    done = run("train", "--config", str(toml), "--print-config")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run.toml: unknown key `modle`. Did you mean `model`?" in done.stderr
+
+
 def test_training_ends_with_a_policy_that_can_be_evaluated(run, micro, tmp_path):
     out = tmp_path / "run"
     arguments = (
@@ -142,6 +183,26 @@ def test_training_ends_with_a_policy_that_can_be_evaluated(run, micro, tmp_path)
     assert "usable 0/1" in done.stderr
     again = run(*arguments)
     assert (again.returncode, again.stdout) == (0, done.stdout)
+    # The folder knows its settings, and what it began with cannot be changed.
+    again = run("train", "--out", str(out))
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    refused = run(*arguments, "--set", "learning_rate=1e-4")
+    assert refused.returncode == 2
+    assert "`learning_rate` was 0.001 when the run" in refused.stderr
+    assert "is 0.0001 now" in refused.stderr
+
+    for mode, line in (("explore", "batches: 0\n"), ("train", done.stdout)):
+        again = run("train", "--out", str(out), "--mode", mode)
+        assert (again.returncode, again.stdout) == (0, line)
+
+    benched = run("train", "--out", str(out), "--mode", "bench")
+    assert benched.returncode == 0, benched.stderr
+    assert [line.split()[1] for line in benched.stdout.splitlines()[:-1]] == ["0", "2"]
+    table = (out / "bench.csv").read_text().splitlines()
+    assert table[0].startswith("step,episodes,success,low,high,score_norm")
+    assert [line.split(",")[:2] for line in table[1:]] == [["0", "5"], ["2", "5"]]
+    if importlib.util.find_spec("matplotlib"):
+        assert (out / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
     done = run(
         "eval", "--env", "pz/Countdown-v0", "--model", str(out / "policy"), "-n", "3",

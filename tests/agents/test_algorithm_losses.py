@@ -479,7 +479,7 @@ def test_any_split_into_micro_batches_gives_the_same_loss(name, options, cuts):
 
 
 def test_pairwise_opmd_refuses_a_batch_that_was_split():
-    with pytest.raises(ConfigError, match="set `micro_batches` to 1"):
+    with pytest.raises(ConfigError, match="set `max_tokens_per_microbatch` to 0"):
         loss_of("opmd", random_tokens(1, slice(0, 3)), form="pairwise")
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,14 +16,19 @@ pytest.importorskip("trl", reason="needs pz-agents[train]")
 import trl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 
 from pz_agents.algorithms import grpo, load_algorithm
 from pz_agents.algorithms.losses import Loss
 from pz_agents.algorithms.rows import TrainRow
 from pz_agents.errors import ModelError
 from pz_agents.training.settings import TrainSettings
-from pz_agents.training.trl_learner import EpisodeTrainer, Learner, batch_of, completion_log_probs
+from pz_agents.training.trl_learner import EpisodeTrainer, Learner
 
 VOCABULARY = 16
 
@@ -59,6 +67,20 @@ def settings(**changes) -> TrainSettings:
     return TrainSettings(**given)
 
 
+def with_log_probs_of(model, rows, temperature=1.0) -> list[TrainRow]:
+    """The rows with the log-probs of ``model``, each taken alone and without padding."""
+    found = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor(row.ids[None]).long()).logits[0] / temperature
+        ids = torch.tensor(row.ids[1:, None]).long()
+        every = torch.log_softmax(logits, -1)[:-1].gather(-1, ids)[:, 0]
+        log_probs = np.concatenate([[0.0], every.numpy()])
+        log_probs = np.where(row.mask, log_probs, 0.0).astype(np.float32)
+        found.append(replace(row, log_probs=log_probs))
+    return found
+
+
 def rows_for(model, count=6, seed=0, temperature=1.0) -> list[TrainRow]:
     """Random multi-turn rows whose log-probs are the model's own."""
     rng = np.random.default_rng(seed)
@@ -68,23 +90,40 @@ def rows_for(model, count=6, seed=0, temperature=1.0) -> list[TrainRow]:
         mask = rng.random(len(ids)) < 0.6
         mask[: rng.integers(1, 4)] = False
         mask[-1] = True
-        with torch.no_grad():
-            logits = model(torch.tensor(ids[None]).long()).logits[0] / temperature
-        every = torch.log_softmax(logits, -1)[:-1].gather(-1, torch.tensor(ids[1:, None]).long())
-        log_probs = np.concatenate([[0.0], every[:, 0].numpy()])
+        zeros = np.zeros(len(ids), np.int32)
+        advantages = np.where(mask, rng.normal(), 0.0).astype(np.float32)
         rows.append(
             TrainRow(
-                ids=ids,
-                mask=mask,
-                log_probs=np.where(mask, log_probs, 0.0).astype(np.float32),
-                versions=np.zeros(len(ids), np.int32),
-                turns=np.zeros(len(ids), np.int32),
-                advantages=np.where(mask, rng.normal(), 0.0).astype(np.float32),
-                trajectory_id=f"t{index}",
-                group_id="g",
+                ids, mask, zeros.astype(np.float32), zeros, zeros, advantages, f"t{index}", "g"
             )
         )
-    return rows
+    return with_log_probs_of(model, rows, temperature)
+
+
+def trl_batch(rows: list[TrainRow]) -> dict[str, torch.Tensor]:
+    """The rows in TRL's own format: prompts padded left, what follows them padded right."""
+    starts = [row.prompt_length for row in rows]
+    width = max(starts)
+    length = max(len(row.ids) - start for row, start in zip(rows, starts, strict=True))
+    shapes = {"prompt_ids": width, "prompt_mask": width}
+    integers = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+    batch = {
+        name: torch.zeros(
+            len(rows), shapes.get(name, length), dtype=torch.long if name in integers else None
+        )
+        for name in (*integers, "old_per_token_logps", "advantages")
+    }
+    for place, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        batch["prompt_ids"][place, width - start :] = torch.from_numpy(row.ids[:start])
+        batch["prompt_mask"][place, width - start :] = 1
+        rest = slice(0, len(row.ids) - start)
+        batch["completion_ids"][place, rest] = torch.from_numpy(row.ids[start:])
+        batch["completion_mask"][place, rest] = 1
+        batch["tool_mask"][place, rest] = torch.from_numpy(row.mask[start:]).long()
+        batch["old_per_token_logps"][place, rest] = torch.from_numpy(row.log_probs[start:])
+        batch["advantages"][place, rest] = torch.from_numpy(row.advantages[start:])
+    batch["num_items_in_batch"] = batch["tool_mask"].sum().float()
+    return batch
 
 
 def loss_of(**options):
@@ -114,34 +153,47 @@ def assert_same(left, right):
 
 def test_trl_still_has_every_name_and_argument_we_rely_on():
     say = "TRL {} changed {}; adapt pz_agents/training/trl_learner.py and pin the version."
+
+    def arguments_of(name):
+        method = getattr(trl.GRPOTrainer, name, None)
+        return list(inspect.signature(inspect.unwrap(method)).parameters) if method else None
+
+    # What we override, and for the comparisons with its own loss what the batch is given to.
     expected = {
+        "training_step": ["self", "model", "inputs", "num_items_in_batch"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_compute_loss": ["self", "model", "inputs"],
-        "_prepare_inputs": ["self", "generation_batch"],
-        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+        "_send_telemetry": ["self"],
     }
     for name, arguments in expected.items():
-        method = getattr(trl.GRPOTrainer, name, None)
-        found = list(inspect.signature(inspect.unwrap(method)).parameters) if method else None
+        found = arguments_of(name)
         assert found == arguments, say.format(trl.__version__, f"GRPOTrainer.{name}: {found}")
-    init = inspect.signature(trl.GRPOTrainer.__init__).parameters
-    for name in ("model", "args", "train_dataset", "processing_class", "optimizers"):
-        assert name in init, say.format(trl.__version__, f"GRPOTrainer(..., {name}=)")
-    fields = trl.GRPOConfig.__dataclass_fields__
+    init = arguments_of("__init__")
     for name in (
-        "steps_per_generation",
-        "num_generations",
-        "num_iterations",
-        "temperature",
-        "beta",
-        "disable_dropout",
-        "shuffle_dataset",
-        "use_cpu",
+        "model",
+        "reward_funcs",
+        "args",
+        "train_dataset",
+        "processing_class",
+        "optimizers",
     ):
+        assert name in init, say.format(trl.__version__, f"GRPOTrainer(..., {name}=)")
+    for name in ("add_callback", "remove_callback", "train"):
+        assert arguments_of(name), say.format(trl.__version__, f"GRPOTrainer.{name}")
+    for name in ("on_pre_optimizer_step", "on_step_end"):
+        method = getattr(TrainerCallback, name, None)
+        found = list(inspect.signature(method).parameters) if method else None
+        what = f"TrainerCallback.{name}: {found}"
+        assert found == ["self", "args", "state", "control", "kwargs"], say.format(
+            trl.__version__, what
+        )
+    fields = trl.GRPOConfig.__dataclass_fields__
+    names = re.findall(r"^ {16}(\w+)=", inspect.getsource(Learner._arguments), re.MULTILINE)
+    assert {"max_steps", "steps_per_generation", "num_generations", "beta"} <= set(names)
+    for name in names:
         assert name in fields, say.format(trl.__version__, f"GRPOConfig.{name}")
     source = inspect.getsource(trl.GRPOTrainer._compute_loss)
-    batch = batch_of(rows_for(micro_model()), pad_id=0, divisor=1)
-    for key in batch.keys() - {"num_sequences", "groups"}:
+    for key in trl_batch(rows_for(micro_model())):
         assert f'"{key}"' in source, say.format(trl.__version__, f"batch key {key}")
 
 
@@ -174,11 +226,14 @@ def test_trl_still_has_every_name_and_argument_we_rely_on():
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_loss_and_gradient_equal_trls_own_on_random_tensors(tmp_path, name, options, theirs, beta):
     model = micro_model()
-    run = settings(max_turns=1, max_new_tokens=9)
     algorithm = load_algorithm(name)
     changes = {**options, "beta": beta} if name != "dapo" else options
+    beta = changes.get("beta", 0.0)
     ours = type(algorithm.defaults)(**{**algorithm.defaults.model_dump(), **changes})
-    learner = Learner(model, tokenizer(), run, partial(algorithm.loss, options=ours))
+    reference = micro_model(seed=1) if beta else None
+    run = settings(max_turns=1, max_new_tokens=9, max_tokens_per_microbatch=24)
+    loss = partial(algorithm.loss, options=ours)
+    learner = Learner(model, tokenizer(), run, loss, reference)
     arguments = learner._arguments(1, tmp_path)
     for field, value in theirs.items():
         assert hasattr(arguments, field)
@@ -192,24 +247,31 @@ def test_loss_and_gradient_equal_trls_own_on_random_tensors(tmp_path, name, opti
         train_dataset=trl.trainer.grpo_trainer.Dataset.from_dict({"prompt": [""]}),
         processing_class=tokenizer(),
     )
-    trainer.learner, trainer.beta = learner, changes.get("beta", 0.0)
+    trainer.beta = beta
     trainer.current_gradient_accumulation_steps = 1
-    batch = batch_of(rows_for(model), pad_id=0, divisor=1)
-    noise = torch.Generator().manual_seed(1)
-    for key in ("old_per_token_logps", "ref_per_token_logps"):
-        shape = batch["old_per_token_logps"].shape
-        batch[key] = batch["old_per_token_logps"] + 0.3 * torch.randn(shape, generator=noise)
-    model.train()
-    values, gradients = [], []
-    for compute in (trl.GRPOTrainer._compute_loss, EpisodeTrainer._compute_loss):
+    rows = rows_for(model)
+    rng = np.random.default_rng(1)
+    for row in rows:
+        row.log_probs[row.mask] += 0.3 * rng.normal(size=row.mask.sum()).astype(np.float32)
+    batch = trl_batch(rows)
+    if reference is not None:
+        batch["ref_per_token_logps"] = trl_batch(with_log_probs_of(reference, rows))[
+            "old_per_token_logps"
+        ]
+
+    def gradients():
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad()
-        value = compute(trainer, model, batch)
-        value.backward()
-        values.append(value.detach())
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert abs(values[0].item()) > 1e-4
-    torch.testing.assert_close(values[1], values[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+        return found
+
+    model.train()
+    value = trl.GRPOTrainer._compute_loss(trainer, model, batch)
+    value.backward()
+    expected = gradients()
+    found = learner.accumulate(learner.step_rows(rows))
+    assert abs(value.item()) > 1e-4
+    torch.testing.assert_close(found, value.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradients(), expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -229,68 +291,6 @@ def test_later_passes_over_the_same_rows_move_the_ratio(tmp_path):
     assert learner.updates == 3
     assert metrics["engine_gap"] <= 1e-4
     assert metrics["clip_low"] + metrics["clip_high"] > 0.0
-
-
-def test_the_update_does_not_depend_on_micro_batches_or_padding_rows(tmp_path):
-    results = []
-    for micro_batches in (1, 2, 4, 5):
-        model = micro_model()
-        learn(model, [rows_for(model)], tmp_path, micro_batches=micro_batches, max_grad_norm=1e9)
-        results.append(weights(model))
-    # Adam's first step is lr * sign(gradient): compare where the sign is certain.
-    for other in results[1:]:
-        for name, tensor in results[0].items():
-            torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=0)
-
-
-def test_gradients_do_not_depend_on_micro_batches():
-    model = micro_model()
-    learner = Learner(model, tokenizer(), settings(), loss_of())
-    rows = rows_for(model)
-    gradients = []
-    for divisor in (1, 3, 4):
-        batch = batch_of(rows, pad_id=0, divisor=divisor)
-        size = len(batch["advantages"]) // divisor
-        model.zero_grad()
-        for start in range(0, size * divisor, size):
-            part = {k: v[start : start + size] if v.ndim else v for k, v in batch.items()}
-            learner._micro_batch_loss(model, part).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for other in gradients[1:]:
-        torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-5)
-
-
-def test_batches_hold_each_token_where_its_row_says():
-    rows = rows_for(micro_model(), count=5)
-    batch = batch_of(rows, pad_id=0, divisor=4)
-    assert len(batch["prompt_ids"]) == 8
-    assert batch["num_items_in_batch"] == sum(int(row.mask.sum()) for row in rows)
-    assert batch["num_sequences"] == 5
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    real = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1).bool()
-    trained = batch["tool_mask"].bool()
-    for index, row in enumerate(rows):
-        assert ids[index][real[index]].tolist() == row.ids.tolist()
-        completion = batch["completion_ids"][index]
-        assert completion[trained[index]].tolist() == row.ids[row.mask].tolist()
-        old = batch["old_per_token_logps"][index][trained[index]]
-        np.testing.assert_array_equal(old.numpy(), row.log_probs[row.mask])
-    assert not trained[5:].any()
-    assert len(set(batch["groups"][:5].tolist())) == 1
-    assert not set(batch["groups"][:5].tolist()) & set(batch["groups"][5:].tolist())
-
-
-def test_log_probs_do_not_depend_on_the_padding_around_a_row():
-    model = micro_model()
-    rows = rows_for(model, count=5)
-    together = batch_of(rows, pad_id=0, divisor=1)
-    with torch.no_grad():
-        log_probs, _ = completion_log_probs(model, together, 1.0)
-    for index, row in enumerate(rows):
-        mask = together["tool_mask"][index].bool()
-        np.testing.assert_allclose(
-            log_probs[index][mask].numpy(), row.log_probs[row.mask], atol=1e-5
-        )
 
 
 def poisoned_loss(at_update, poison):
@@ -315,9 +315,10 @@ def test_an_update_that_is_not_finite_is_skipped_and_changes_no_bit(tmp_path, po
     states = []
 
     class Watching(Learner):
-        def _before_update(self):
-            states.append((weights(self.module), self.optimizer.state_dict()["state"]))
-            return super()._before_update()
+        def before_update(self):
+            moments = copy.deepcopy(self.optimizer.state_dict()["state"])
+            states.append((weights(self.module), moments))
+            return super().before_update()
 
     model = micro_model()
     rows = rows_for(model)
@@ -331,6 +332,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_changes_no_bit(tmp_path, po
     learner.run(1, 3, lambda step: rows, after_step, tmp_path)
     assert (learner.updates, learner.skipped) == (2, 1)
     assert_same(states[1][0], states[2][0])
+    assert states[1][1].keys() == states[2][1].keys() != set()
+    for number, moments in states[1][1].items():
+        assert_same(moments, states[2][1][number])
     assert not torch.equal(
         states[2][0]["model.norm.weight"], model.state_dict()["model.norm.weight"]
     )
@@ -381,7 +385,7 @@ def test_momentum_does_not_move_weights_in_a_step_without_rows(tmp_path):
 def test_a_run_stops_when_told_and_goes_on_bit_for_bit(tmp_path):
     straight = micro_model()
     steps = [rows_for(micro_model(), seed=number) for number in range(4)]
-    changes = {"steps": 4, "schedule": "cosine", "warmup_updates": 1, "micro_batches": 2}
+    changes = {"steps": 4, "schedule": "cosine", "warmup_updates": 1}
     learn(straight, steps, tmp_path, **changes)
 
     halved = micro_model()

@@ -180,6 +180,11 @@ def group(name, size=2):
     return [trajectory(f"{name}/{n}", name, [sample([n], [n])]) for n in range(size)]
 
 
+def states(store):
+    """The number of groups by state, without the states that no group is in."""
+    return {k: n for k, n in store.counts().items() if n and k != "trajectories"}
+
+
 def test_groups_are_leased_once_in_order_and_whole(path):
     with ExperienceStore(path) as store:
         store.append([*group("a"), *group("b"), *group("c", 3)], step=0)
@@ -234,7 +239,8 @@ def test_ack_twice_is_once_and_a_lost_lease_is_an_error(path):
         lease = store.lease(1)
         store.ack(lease, step=1)
         store.ack(lease, step=1)
-        assert store.counts() == {"new": 0, "leased": 0, "consumed": 1, "trajectories": 2}
+        assert states(store) == {"consumed": 1}
+        assert store.counts()["trajectories"] == 2
 
 
 def test_an_episode_delivered_twice_is_stored_once(path):
@@ -268,10 +274,123 @@ def test_rollback_returns_what_later_steps_consumed_and_forgets_what_later_weigh
             store.append(group(name), step=step)
             store.ack(store.lease(1), step=step + 1)
         store.rollback(1)
-        assert store.counts() == {"new": 1, "leased": 0, "consumed": 1, "trajectories": 4}
+        assert states(store) == {"new": 1, "consumed": 1}
         assert store.lease(5).group_ids == ("b",)
         store.append(group("c"), step=2)
         assert store.lease(5).group_ids == ("c",)
+
+
+def test_priority_prefers_newer_weights_and_each_use_costs_two_steps(path):
+    with ExperienceStore(path) as store:
+        for step, name in enumerate("abcd"):
+            store.append(group(name), step=step)
+        first = store.lease(2, "priority")
+        assert first.group_ids == ("d", "c")
+        store.ack(first, step=4, max_uses=2)
+        assert store.lease(3, "priority").group_ids == ("b", "d", "a")
+
+
+def test_a_group_is_used_as_often_as_it_may_be_and_once_a_step(path):
+    with ExperienceStore(path) as store:
+        store.append([*group("a"), *group("b")], step=0)
+        for step in (1, 2, 3):
+            lease = store.lease(5)
+            assert lease.group_ids == ("a", "b")
+            assert store.lease(5).group_ids == ()
+            store.ack(lease, step, max_uses=3)
+            assert store.unspent() == (0 if step == 3 else 2)
+        assert states(store) == {"consumed": 2}
+        store.rollback(1)
+        assert states(store) == {"new": 2}
+        for step in (2, 3):
+            store.ack(store.lease(5), step, max_uses=3)
+        assert states(store) == {"consumed": 2}
+
+
+def test_stale_groups_are_dropped_and_counted_and_a_rollback_brings_them_back(path):
+    with ExperienceStore(path) as store:
+        for step, name in enumerate("abcd"):
+            store.append(group(name), step=step)
+        assert store.lease(5, played=range(1, 3)).group_ids == ("b", "c")
+        store.rollback(3)
+        # Weights of step 3 are of a history that the run left.
+        assert store.drop_stale(range(1, 3), step=3) == 2
+        assert states(store) == {"new": 2, "dropped": 2}
+        assert store.drop_stale(range(1, 3), step=3) == 0
+        store.rollback(2)
+        assert states(store) == {"new": 3}
+        assert store.lease(5).group_ids == ("a", "b", "c")
+
+
+def test_an_unknown_policy_is_refused_by_name(path):
+    with ExperienceStore(path) as store, pytest.raises(DataError, match=r"'oldest'.*priority"):
+        store.lease(1, "oldest")
+
+
+def test_the_same_content_gives_the_same_snapshot_bytes_whatever_happened_on_the_way(tmp_path):
+    copies = []
+    for number, detour in enumerate((False, True)):
+        with ExperienceStore(tmp_path / str(number) / "e.db") as store:
+            store.append(group("a"), step=0)
+            store.ack(store.lease(1), step=1)
+            if detour:
+                store.append([*group("x", 30), *group("b")], step=1)
+                store.ack(store.lease(2), step=2)
+                store.release(store.lease(1))
+                store.rollback(0)
+                store.ack(store.lease(1), step=1)
+            store.append([*group("b"), *group("c")], step=1, batch=2)
+            store.ack(store.lease(1), step=2)
+            held = store.lease(1)
+            copies.append(tmp_path / f"{number}.db")
+            store.snapshot(copies[-1])
+            store.snapshot(tmp_path / f"{number}.left.db", unspent=True)
+            store.release(held)
+    assert copies[0].read_bytes() == copies[1].read_bytes()
+    left = [tmp_path / f"{number}.left.db" for number in (0, 1)]
+    assert left[0].read_bytes() == left[1].read_bytes()
+    with ExperienceStore(left[0]) as store:
+        assert states(store) == {"new": 1}
+        assert [item.key for item in store.trajectories()] == ["c/0", "c/1"]
+        assert store.batches == 2
+
+
+def test_how_long_an_episode_took_is_not_stored(path):
+    with ExperienceStore(path) as store:
+        store.append([trajectory(seconds=3.5)], step=0)
+        assert [item.seconds for item in store.trajectories()] == [0.0]
+
+
+def test_an_explorer_and_a_trainer_share_the_file_and_each_keeps_its_like_out(path):
+    with ExperienceStore(path, "trainer") as trainer, ExperienceStore(path, "explorer") as explorer:
+        explorer.append([*group("a"), *group("b")], step=0, batch=1)
+        lease = trainer.lease(1)
+        with pytest.raises(InfraError, match="as its explorer"):
+            ExperienceStore(path, "explorer")
+        with pytest.raises(InfraError, match="as its trainer"):
+            ExperienceStore(path, "trainer")
+        explorer.close()
+        # An explorer that comes and goes takes no lease from the trainer.
+        with ExperienceStore(path, "explorer") as again:
+            assert again.batches == 1
+            assert again.unspent() == 2
+            again.append(group("c"), step=0, batch=2)
+        trainer.ack(lease, step=1)
+        assert states(trainer) == {"new": 2, "consumed": 1}
+
+
+def test_a_damaged_file_that_another_process_uses_stays_where_it_is(path):
+    with ExperienceStore(path) as store:
+        for name in "abcdefghij":
+            store.append(group(name, 20), step=0)
+    with ExperienceStore(path, "trainer"):
+        data = bytearray(path.read_bytes())
+        data[4096:8192] = b"\xa5" * 4096
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"damaged .* in use: .* as its trainer"):
+            ExperienceStore(path, "explorer")
+        assert path.exists()
+        path.unlink()
 
 
 def test_leases_of_a_dead_session_return_when_the_store_is_opened(path):
@@ -304,7 +423,7 @@ def test_a_snapshot_is_a_whole_store(path, tmp_path):
         store.append(group("c"), step=1)
     assert [file.name for file in copy.parent.iterdir()] == ["copy.db"]
     with ExperienceStore(copy) as store:
-        assert store.counts() == {"new": 1, "leased": 0, "consumed": 1, "trajectories": 4}
+        assert states(store) == {"new": 1, "consumed": 1}
         assert [item.key for item in store.trajectories()] == ["a/0", "a/1", "b/0", "b/1"]
 
 
