@@ -1,10 +1,11 @@
-"""ALFWorld game files from an archive or a folder, kept in one compact file of the cache.
+"""ALFWorld games: from an archive or a folder, kept in one compact cache file, or generated.
 
 A source is a ``.tar``, ``.tar.gz``, ``.tar.xz`` or ``.zip`` archive, or a folder, with
 ``<split>/<task>/<trial>/game.tw-pddl`` files anywhere below it. It is read once: problems and
 walkthroughs go into a cache file of compressed records, built whole or not at all; a later start
 reads its index alone. Games are sorted by name, never in the order of a directory; their task type
-is the first word of the task's folder. Unsolvable games are left out, as the original does.
+is the first word of the task's folder. Unsolvable games are left out, as the original does. Where
+no game of ALFWorld's is on the machine at all, generated households stand in and a warning says so.
 """
 
 from __future__ import annotations
@@ -12,33 +13,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import lzma
 import os
 import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pz_envs import datasets
-from pz_envs.alfworld.native import World
+from pz_envs.alfworld.household import TASK_TYPES, generate
+from pz_envs.alfworld.native import Record, World, task_line
+from pz_envs.alfworld.pddl import NotCoveredError
 from pz_envs.errors import ConfigError, DataError, did_you_mean
 from pz_envs.files import write_atomic
 
 Split = Literal["train", "valid_seen", "valid_unseen"]
 
-TASK_TYPES: tuple[str, ...] = (
-    "look_at_obj_in_light",
-    "pick_and_place_simple",
-    "pick_clean_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_two_obj_and_place",
-)
-"""The six task types."""
+GENERATED = "generated"
+"""The ``source`` of procedural households."""
 
 _FILE = "game.tw-pddl"
 _MAGIC = b"pzA1"
@@ -46,44 +43,50 @@ _MISSING = (
     "The ALFWorld games of {split} are not here. Get them: "
     "pip install alfworld && alfworld-download   or put "
     "games_{split}.tar.xz into {folder}, set PZ_DATA to a folder that holds "
-    "alfworld/games_{split}.tar.xz, or name an archive or folder of game files: source=..."
+    "alfworld/games_{split}.tar.xz, name an archive or folder of game files: source=..., or play "
+    "generated households: source='generated'"
 )
+_GENERATED_A_TYPE = {"train": 600, "valid_seen": 25, "valid_unseen": 25}
+# RuntimeError: what zipfile raises for a member that is encrypted or packed in an unknown way.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+    RuntimeError,
+)
+_log = logging.getLogger(__name__)
 _SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True, slots=True)
 class Game:
-    """One game of a source: its name (``task/trial``), and where its record is."""
+    """One game of a source: its name (``task/trial``) and task type."""
 
     name: str
     task_type: str
-    start: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A game's content: what ``World`` parses, and the recorded solution."""
+class Opened:
+    """A game ready to play: ``world`` is None where the native engine does not cover the file."""
 
-    domain: str
-    problem: str
-    grammar: str
-    walkthrough: tuple[str, ...]
-
-    @property
-    def wording(self) -> str:
-        """Which of the two published grammars: ``put X in/on Y`` or ``move X to Y``."""
-        return "move X to Y" if "move {o} to {r}" in self.grammar else "put X in/on Y"
+    record: Record
+    world: World | None
+    not_covered: str = ""
 
 
 class Games:
-    """The games of a split, in order; ``open_game`` reads one of them."""
+    """The games of a split, in order; ``record`` reads one of them."""
 
-    def __init__(self, path: Path, source: str, games: tuple[Game, ...], texts: list[str]) -> None:
+    def __init__(
+        self, source: str, games: tuple[Game, ...], record: Callable[[Game], Record]
+    ) -> None:
         self.source = source
         self.games = games
-        self._path = path
-        self._texts = texts
+        self.record = record
         self._by_name = {game.name: game for game in games}
 
     def find(self, name: str) -> Game:
@@ -97,25 +100,6 @@ class Games:
             raise DataError(f"No ALFWorld game `{name}` in {self.source}.{near}")
         return self._by_name[name]
 
-    def record(self, game: Game) -> Record:
-        """Read a game's texts.
-
-        Raises:
-            DataError: the cache file was damaged or removed meanwhile.
-        """
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(game.start)
-                fields = json.loads(zlib.decompress(file.read(game.length)))
-        except (OSError, ValueError, zlib.error) as error:
-            raise DataError(
-                f"the cached ALFWorld games in {self._path} cannot be read ({error}). "
-                f"Remove the file and start again: rm {self._path}"
-            ) from error
-        domain, grammar, task, problem, walkthrough = fields
-        grammar_text = self._texts[grammar].replace("\0", task)
-        return Record(self._texts[domain], problem, grammar_text, tuple(walkthrough))
-
 
 def load_games(split: Split, source: str | None = None) -> Games:
     """Return the games of ``split``; the first call for a source reads all of it (seconds).
@@ -123,9 +107,10 @@ def load_games(split: Split, source: str | None = None) -> Games:
     Args:
         split: ``"train"``, ``"valid_seen"`` or ``"valid_unseen"``; where a source has folders of
             these names, the others are left out.
-        source: an archive or a folder; None looks for ``alfworld/games_<split>.tar.xz`` in
-            ``PZ_DATA`` and the download folder, then for what ``alfworld-download`` left in
-            ``$ALFWORLD_DATA`` or ``~/.cache/alfworld``.
+        source: an archive, a folder, or ``"generated"``; None looks for
+            ``alfworld/games_<split>.tar.xz`` in ``PZ_DATA`` and the download folder, then for what
+            ``alfworld-download`` left in ``$ALFWORLD_DATA`` or ``~/.cache/alfworld``, and generates
+            games where no split is found.
 
     Raises:
         ConfigError: no such split.
@@ -136,18 +121,25 @@ def load_games(split: Split, source: str | None = None) -> Games:
             f"split={split!r}: allowed are {', '.join(get_args(Split))}."
             f"{did_you_mean(str(split), get_args(Split))}"
         )
+    if source is None and not any(map(_published, get_args(Split))):
+        _warn_generated()
+        source = GENERATED
+    if source == GENERATED:
+        return _generated(split)
     path = _find_source(split, source)
     folder = datasets.cache_dir() / "alfworld"
     return _load(path, split, folder / f"{split}-{_fingerprint(path)}.games")
 
 
 def missing_games(split: Split = "train") -> str | None:
-    """Return None when the games of ``split`` are here, else a sentence with the way to them.
+    """Return None when ``split`` can be played, else a sentence with the way to its games.
+
+    A split is missing where another one is here; without any, generated games stand in for all.
 
     Raises:
         DataError: ``PZ_DATA`` names a folder that does not exist.
     """
-    if _published(split) is not None:
+    if _published(split) is not None or not any(map(_published, get_args(Split))):
         return None
     return _MISSING.format(split=split, folder=datasets.download_root() / "alfworld")
 
@@ -162,23 +154,51 @@ def _load(path: Path, split: Split, cached: Path) -> Games:
     if header is None:
         raise DataError(f"the ALFWorld cache file {cached} cannot be read. Remove it: rm {cached}")
     offset, index = header
-    games = tuple(
-        Game(name, name.partition("-")[0], offset + start, length)
-        for name, start, length in index["games"]
+    places = {name: (offset + start, length) for name, start, length in index["games"]}
+    games = tuple(Game(name, name.partition("-")[0]) for name in places)
+
+    def record(game: Game) -> Record:
+        return _read_record(cached, *places[game.name], index["texts"])
+
+    return Games(str(path), games, record)
+
+
+@functools.cache
+def _generated(split: Split) -> Games:
+    """Return the procedural games of a split; each is made when it is opened (about 10 ms)."""
+    numbers = {
+        Game(f"{task_type}-generated-{number:05d}/{split}", task_type): number
+        for task_type in TASK_TYPES
+        for number in range(_GENERATED_A_TYPE[split])
+    }
+
+    def record(game: Game) -> Record:
+        return generate(game.task_type, split, numbers[game])
+
+    return Games(GENERATED, tuple(numbers), record)
+
+
+@functools.cache
+def _warn_generated() -> None:
+    """Say once a process that these are not ALFWorld's own games."""
+    _log.warning(
+        "no ALFWorld games found: generated households stand in for all splits. For the published "
+        "games: pip install alfworld && alfworld-download, or set PZ_DATA"
     )
-    return Games(cached, str(path), games, index["texts"])
 
 
 @functools.lru_cache(maxsize=256)
-def open_game(games: Games, game: Game) -> tuple[Record, World]:
+def open_game(games: Games, game: Game) -> Opened:
     """Read and parse a game; the environments of one process share the result.
 
     Raises:
-        DataError: the native engine does not cover the file.
+        DataError: the file is broken or has an expression that nothing may evaluate.
     """
     record = games.record(game)
     try:
-        return record, World(record.domain, record.problem, record.grammar)
+        return Opened(record, World(record.domain, record.problem, record.grammar))
+    except NotCoveredError as error:
+        return Opened(record, None, str(error))
     except DataError as error:
         raise DataError(f"{games.source}, game {game.name}: {error}") from error
 
@@ -254,7 +274,7 @@ def _build(path: Path, split: Split, cached: Path) -> None:
             fields = _fields(path, member, content, texts)
             if fields is not None:
                 found[name] = fields
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as an archive of ALFWorld games ({error}). It may be cut "
             "short: fetch it again"
@@ -283,7 +303,9 @@ def _fields(path: Path, member: str, content: bytes, texts: dict[str, int]) -> l
         domain, grammar, problem = data["pddl_domain"], data["grammar"], data["pddl_problem"]
         walkthrough = data.get("walkthrough") or []
         solvable = data.get("solvable", True)
-        task = grammar[grammar.index("Your task is to: ") :].partition('"')[0]
+        task = task_line(grammar)
+        if not domain.strip():
+            raise ValueError("its pddl_domain is empty")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: {member} is no ALFWorld game file ({error!r})") from error
     if not solvable:
@@ -311,6 +333,26 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 stream = archive.extractfile(member) if member.isfile() else None
                 if stream is not None and member.name.rpartition("/")[2] == _FILE:
                     yield member.name, stream.read()
+
+
+def _read_record(cached: Path, start: int, length: int, texts: list[str]) -> Record:
+    """Read a game's texts from the cache file.
+
+    Raises:
+        DataError: the cache file was damaged or removed meanwhile.
+    """
+    try:
+        with open(cached, "rb") as file:
+            file.seek(start)
+            fields = json.loads(zlib.decompress(file.read(length)))
+    except (OSError, ValueError, zlib.error) as error:
+        raise DataError(
+            f"the cached ALFWorld games in {cached} cannot be read ({error}). "
+            f"Remove the file and start again: rm {cached}"
+        ) from error
+    domain, grammar, task, problem, walkthrough = fields
+    grammar_text = texts[grammar].replace("\0", task)
+    return Record(texts[domain], problem, grammar_text, tuple(walkthrough))
 
 
 def _read_header(cached: Path) -> tuple[int, dict[str, Any]] | None:

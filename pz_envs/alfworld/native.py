@@ -15,9 +15,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pz_envs.alfworld.pddl import Expression, Fact, Facts, parse, parse_problem
+from pz_envs.alfworld.pddl import (
+    Expression,
+    Fact,
+    Facts,
+    NotCoveredError,
+    parse,
+    parse_problem,
+    predicates,
+)
+from pz_envs.alfworld.planner import plan
 from pz_envs.alfworld.text import Grammar
 from pz_envs.errors import DataError
+
+NOTHING = "Nothing happens."
+"""The game's answer to a command that is not admissible."""
 
 _RULES_DIGEST = "93ccf384743f4990"
 _CLEAN_DIGESTS = {
@@ -41,6 +53,51 @@ _CHANGING = (
     "opened",
 )
 _HARMLESS = frozenset(("look", "inventory", "help", "examinereceptacle", "examineobject"))
+_ACTIONS = _HARMLESS | {
+    "gotolocation",
+    "openobject",
+    "closeobject",
+    "pickupobject",
+    "putobject",
+    "cleanobject",
+    "heatobject",
+    "coolobject",
+    "toggleobject",
+    "sliceobject",
+}
+_TOUCHED = {
+    **dict.fromkeys(_HARMLESS, ("checked",)),
+    "gotolocation": ("atlocation",),
+    "openobject": ("opened", "checked"),
+    "closeobject": ("opened",),
+}
+"""What the commonest actions change: a goal about other things need not be looked at again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A game file's content; an empty domain means the rules as this engine has them."""
+
+    domain: str
+    problem: str
+    grammar: str
+    walkthrough: tuple[str, ...]
+
+    @property
+    def wording(self) -> str:
+        """Which of the two published grammars, ``move X to Y`` or ``put X in/on Y``, or neither."""
+        for wording, template in (
+            ("move X to Y", "move {o} to"),
+            ("put X in/on Y", "put {o} in/on"),
+        ):
+            if f'"{template} {{r}}"' in self.grammar:
+                return wording
+        return "unknown"
+
+    @property
+    def task(self) -> str:
+        """The task as the game states it: ``Your task is to: ...``."""
+        return task_line(self.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +115,13 @@ class World:
         """Parse a game file's three texts.
 
         Raises:
-            DataError: the domain is not ALFWorld's, or a text has a form that is not known.
+            NotCoveredError: the domain, the goal or the grammar is not one that this engine plays.
+            DataError: a text is broken, or the grammar has an expression that nothing may evaluate.
         """
         self.sinks, self.has_help = _check_domain(domain)
         read = parse_problem(problem)
-        self.goal = read.goal
+        self.formula, self.goal = read.formula, read.goal
+        self.goal_predicates = predicates(read.formula)
         if len(read.facts.get("atlocation", ())) != 1:
             raise DataError("the PDDL problem must place exactly one agent")
         ((self.agent, _),) = read.facts["atlocation"]
@@ -70,7 +129,9 @@ class World:
         self.facts = Facts(read.facts)
         self.names = _names(read.facts.values())
         self.grammar = Grammar(grammar, self.names)
+        self.grammar.prepare(_ACTIONS)
         self.has_help = self.has_help and "help" in self.grammar.actions
+        self.things = {thing for thing, _ in self.facts.rows("objecttype", (None, None))}
         self.place = {r: spot for r, spot in self.facts.rows("receptacleatlocation", (None, None))}
         self.receptacles: dict[str, list[str]] = {}
         for receptacle, spot in self.facts.rows("receptacleatlocation", (None, None)):
@@ -141,7 +202,7 @@ class World:
 
 
 class Household:
-    """A game in play: ``begin``, ``admissible``, ``play``, ``won``, and its state as plain data."""
+    """A game in play: ``begin``, ``admissible``, ``play``, ``won``, ``plan``, and its state."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -180,9 +241,20 @@ class Household:
         self._apply(move)
         if move.action not in _HARMLESS:
             self._moves = self._listed = None
+        touched = _TOUCHED.get(move.action)
+        if touched is None or not self.world.goal_predicates.isdisjoint(touched):
             self._won = self.world.goal(self._facts, {})
         feedback = self.world.grammar.actions[move.action].feedback
         return self.world.grammar.render(feedback, self._facts, dict(move.bound))
+
+    def plan(self) -> tuple[str, ...] | None:
+        """Return commands that win from here, or None where no plan is known (see ``planner``)."""
+        commands = plan(self.world, self._state)
+        if commands is None:
+            return None
+        trial = self.copy()
+        done = [trial.play(command) for command in commands]
+        return commands if trial.won and None not in done else None
 
     def state(self) -> dict[str, list[list[str]]]:
         """Return all that can change, as JSON data."""
@@ -298,6 +370,15 @@ class Household:
                 state["issliced"].add((bound["co"],))
 
 
+def task_line(grammar: str) -> str:
+    """Return the sentence of a grammar that states the task.
+
+    Raises:
+        ValueError: the grammar has none.
+    """
+    return grammar[grammar.index("Your task is to: ") :].partition('"')[0]
+
+
 def _names(rows: Iterable[Iterable[Fact]]) -> dict[str, str]:
     """Name every thing that a fact mentions: ``drawer 3``; the last id of a kind is number 1."""
     ids = sorted({term for facts in rows for fact in facts for term in fact})
@@ -319,7 +400,12 @@ def _names(rows: Iterable[Iterable[Fact]]) -> dict[str, str]:
 
 
 def _check_domain(text: str) -> tuple[tuple[str, ...], bool]:
-    """Return the types that clean, and whether there is a ``help`` action."""
+    """Return the types that clean, and whether there is a ``help`` action.
+
+    An empty text means the engine's own rules, which generated games use.
+    """
+    if not text:
+        return ("sinkbasintype",), True
     rules: list[Expression] = []
     clean, has_help = "", False
     for part in parse(text):
@@ -331,9 +417,9 @@ def _check_domain(text: str) -> tuple[tuple[str, ...], bool]:
         else:
             rules.append(part)
     if _digest(rules) != _RULES_DIGEST or clean not in _CLEAN_DIGESTS:
-        raise DataError(
+        raise NotCoveredError(
             f"the game's PDDL domain is not one that the native engine covers "
-            f"(rules {_digest(rules)}, clean {clean or 'absent'}); use ALFWorld's published files"
+            f"(rules {_digest(rules)}, clean {clean or 'absent'})"
         )
     return _CLEAN_DIGESTS[clean], has_help
 

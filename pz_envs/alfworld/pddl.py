@@ -18,6 +18,7 @@ from pz_envs.errors import DataError
 
 Expression: TypeAlias = "str | list[Expression]"
 Fact = tuple[str, ...]
+Atom = tuple[str, tuple[str, ...]]
 Bindings = dict[str, str]
 _Rows = Sequence[Fact]
 
@@ -78,14 +79,30 @@ class Facts:
 
 Test = Callable[[Facts, Bindings], bool]
 
+_CONNECTIVES = ("and", "or", "not", "imply", "forall", "exists", "when")
+
+
+class NotCoveredError(DataError):
+    """A game file that is sound but beyond the native engine; the reference engine may know it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A parsed problem: objects by type, facts by predicate, and the goal."""
+    """A parsed problem: objects by type, facts by predicate, and the goal as text and as test."""
 
     objects: Mapping[str, tuple[str, ...]]
     facts: Mapping[str, set[Fact]]
+    formula: Expression
     goal: Test
+
+
+@dataclass(frozen=True, slots=True)
+class Existential:
+    """A goal that asks for things: variables and their types, facts, and pairs that differ."""
+
+    variables: Mapping[str, str]
+    atoms: tuple[Atom, ...]
+    unequal: tuple[tuple[str, str], ...]
 
 
 def parse(text: str) -> list[Expression]:
@@ -135,7 +152,46 @@ def parse_problem(text: str) -> Problem:
             facts.setdefault(row[0], set()).add(row[1:])
     if len(sections[":goal"]) != 1:
         raise DataError("the PDDL problem's goal must be one formula")
-    return Problem(types, facts, compile_formula(sections[":goal"][0], types))
+    formula = sections[":goal"][0]
+    return Problem(types, facts, formula, compile_formula(formula, types))
+
+
+def predicates(formula: Expression) -> frozenset[str]:
+    """Return every word of a formula that opens a parenthesis."""
+    if isinstance(formula, str) or not formula:
+        return frozenset()
+    first = frozenset((formula[0],)) if isinstance(formula[0], str) else frozenset()
+    return first.union(*map(predicates, formula))
+
+
+def read_existential(formula: Expression) -> Existential | None:
+    """Return a goal of ``and``, ``exists``, facts and ``(not (= a b))`` flat, None for another."""
+    variables: dict[str, str] = {}
+    atoms: list[Atom] = []
+    unequal: list[tuple[str, str]] = []
+
+    def read(part: Expression, names: Mapping[str, str]) -> bool:
+        match part:
+            case ["and", *parts]:
+                return all(read(inner, names) for inner in parts)
+            case ["exists", [*typed], body]:
+                names = dict(names)
+                for name, kind in _typed(typed):
+                    names[name] = f"{name} {len(variables)}"
+                    variables[names[name]] = kind
+                return read(body, names)
+            case ["not", ["=", str(left), str(right)]]:
+                unequal.append((names.get(left, left), names.get(right, right)))
+                return True
+        row = _strings(part)
+        if row is None or row[0] in ("=", *_CONNECTIVES):
+            return False
+        atoms.append((row[0], tuple(names.get(term, term) for term in row[1:])))
+        return True
+
+    if not read(formula, {}):
+        return None
+    return Existential(variables, tuple(atoms), tuple(unequal))
 
 
 def compile_formula(formula: Expression, objects: Mapping[str, tuple[str, ...]]) -> Test:
@@ -174,8 +230,10 @@ def compile_formula(formula: Expression, objects: Mapping[str, tuple[str, ...]])
             variables, body = variables + inner, body[2]
         return _compile_exists(variables, body, objects)
     terms = _strings(formula)
-    if terms is None or head in ("and", "or", "not", "imply", "forall", "exists", "when"):
-        raise DataError(f"the PDDL goal has a form that pz does not know: {str(formula)[:200]}")
+    if terms is None or head in _CONNECTIVES:
+        raise NotCoveredError(
+            f"the PDDL goal has a form that pz does not know: {str(formula)[:200]}"
+        )
     if head == "=" and len(terms) == 3:
         left, right = terms[1:]
         return lambda facts, bound: bound.get(left, left) == bound.get(right, right)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pz_envs.alfworld.pddl import Bindings, Facts
+from pz_envs.alfworld.pddl import Atom, Bindings, Facts, NotCoveredError
 from pz_envs.errors import DataError
 
 Piece = Callable[[Facts, Bindings], str]
-Atom = tuple[str, tuple[str, ...]]
 
 _ACTION = re.compile(r'\baction\s+([\w/-]+)\s*\{|\bgrammar\s*::\s*"""(.*?)"""', re.DOTALL)
 _FIELD = re.compile(r'\b(template|feedback)\s*::\s*"([^"]*)"')
@@ -43,26 +42,40 @@ class Grammar:
         self._names = names
         self._pieces: dict[str, Sequence[tuple[Sequence[Atom], Piece]]] = {}
         self._texts: dict[str, Piece] = {}
+        self._needed = {"list_empty", "list_separator", "list_last_separator"}
 
-    def render(self, text: str, facts: Facts, bound: Bindings) -> str:
-        """Expand ``text`` (for instance ``#intro#``) with the variables of ``bound``.
+    def prepare(self, actions: Iterable[str]) -> None:
+        """Compile all that these actions, the introduction and the task can say.
 
         Raises:
-            DataError: the grammar has a form that is not known, or lacks a rule.
+            DataError: a rule is missing.
+            NotCoveredError: a form is not known; better now than in the middle of a game.
         """
-        piece = self._texts.get(text)
-        if piece is None:
-            piece = self._texts[text] = self._compile(text)
-        return piece(facts, bound)
+        told = [self.actions[name] for name in actions if name in self.actions]
+        for text in (
+            "#intro#",
+            "#task#",
+            *(part for x in told for part in (x.template, x.feedback)),
+        ):
+            self._texts[text] = self._compile(text)
+        while missing := sorted(self._needed - self._pieces.keys()):
+            for name in missing:
+                self._pieces[name] = self._compile_rules(name)
+
+    def render(self, text: str, facts: Facts, bound: Bindings) -> str:
+        """Expand a prepared ``text`` (``#intro#``, a template) with the variables of ``bound``.
+
+        Raises:
+            DataError: no rule of the grammar applies, or it uses a variable that nothing binds.
+        """
+        return self._texts[text](facts, bound)
 
     def _rule(self, name: str) -> Piece:
         """Return a piece that picks the first rule of ``name`` whose condition can be met."""
+        self._needed.add(name)
 
         def expand(facts: Facts, bound: Bindings) -> str:
-            rules = self._pieces.get(name)
-            if rules is None:
-                rules = self._pieces[name] = self._compile_rules(name)
-            for condition, piece in rules:
+            for condition, piece in self._pieces[name]:
                 if not condition or next(_matches(condition, facts, bound), None) is not None:
                     return piece(facts, bound)
             raise DataError(f"no rule `{name}` of the game's grammar applies here")
@@ -96,7 +109,7 @@ class Grammar:
             else:
                 pieces.append(_constant(literal))
         if end != len(text):
-            raise DataError(f"the game's grammar has a form that pz does not know: {text[:200]!r}")
+            raise NotCoveredError(f"the game's grammar has an unknown form: {text[:200]!r}")
         if len(pieces) == 1:
             return pieces[0]
         return lambda facts, bound: "".join([piece(facts, bound) for piece in pieces])
@@ -215,7 +228,7 @@ def _condition(text: str) -> tuple[Atom, ...]:
     for part in text.split("&") if text.strip() else ():
         found = _ATOM.fullmatch(part)
         if found is None:
-            raise DataError(f"the game's grammar has an unknown condition: {text[:200]!r}")
+            raise NotCoveredError(f"the game's grammar has an unknown condition: {text[:200]!r}")
         variables = tuple(term.partition(":")[0].strip() for term in found[2].split(","))
         atoms.append((found[1], variables))
     return tuple(atoms)

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from pz_envs.alfworld.env import NOTHING, ALFWorldEnv
-from pz_envs.alfworld.games import TASK_TYPES, load_games, missing_games
-from pz_envs.alfworld.native import Household, World
-from pz_envs.alfworld.pddl import Facts, compile_formula, parse
+from pz_envs.alfworld.env import ALFWorldEnv
+from pz_envs.alfworld.games import load_games, missing_games, open_game
+from pz_envs.alfworld.household import TASK_TYPES
+from pz_envs.alfworld.native import NOTHING, Household, World
+from pz_envs.alfworld.pddl import Facts, compile_formula, parse, read_existential
 from pz_envs.checks import check_env
 from pz_envs.datasets import find_file
 from pz_envs.errors import ConfigError, DataError
@@ -266,9 +267,14 @@ def test_an_archive_and_a_folder_give_the_same_games(folder: Path, tmp_path: Pat
         assert records == [expected.record(game) for game in expected.games]
     with pytest.raises(DataError, match="holds 0 ALFWorld games of valid_unseen"):
         load_games("valid_unseen", str(packed))
-    packed.write_bytes(packed.read_bytes()[:-3000])
-    with pytest.raises(DataError, match="cannot be read as an archive"):
-        load_games("train", str(packed))
+    for path in (packed, zipped):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3000])
+        with pytest.raises(DataError, match=rf"{path.name} cannot be read as an archive"):
+            load_games("train", str(path))
+        path.write_bytes(whole[:2000] + bytes(500) + whole[2500:])
+        with pytest.raises(DataError, match=rf"{path.name} cannot be read as an archive"):
+            load_games("train", str(path))
 
 
 def test_what_alfworld_download_left_is_found(
@@ -279,6 +285,23 @@ def test_what_alfworld_download_left_is_found(
     (tmp_path / "json_2.1.1").symlink_to(folder)
     assert missing_games("train") is None
     assert len(ALFWorldEnv(split="train")) == len(ALFWorldEnv(source=str(folder)))
+
+
+def test_without_any_data_generated_games_stand_in_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pz_envs.alfworld import games
+
+    monkeypatch.setenv("PZ_DATA", str(tmp_path))
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    games._warn_generated.cache_clear()
+    for split in ("train", "valid_seen", "valid_unseen"):
+        assert missing_games(split) is None  # type: ignore[arg-type]
+        env = ALFWorldEnv(split=split)  # type: ignore[arg-type]
+        _, info = env.reset(seed=3)
+        assert info["extra"]["generated"]
+        assert info["task_id"].endswith(f"/{split}")
+    assert caplog.text.count("generated households stand in") == 1
 
 
 def test_unsolvable_games_are_left_out(golden: dict[str, Any], tmp_path: Path) -> None:
@@ -310,7 +333,11 @@ def test_a_second_start_reads_only_the_cache(
     [
         ("{", "is no ALFWorld game file"),
         ("[]", "is no ALFWorld game file"),
-        ('{"pddl_domain": "", "grammar": "no task", "pddl_problem": ""}', "is no ALFWorld game"),
+        ('{"pddl_domain": "x", "grammar": "no task", "pddl_problem": ""}', "is no ALFWorld game"),
+        (
+            '{"pddl_domain": "", "grammar": "Your task is to: rest.", "pddl_problem": ""}',
+            "pddl_domain is empty",
+        ),
     ],
 )
 def test_a_broken_game_file_is_named(tmp_path: Path, content: str, named: str) -> None:
@@ -324,14 +351,13 @@ def test_a_broken_game_file_is_named(tmp_path: Path, content: str, named: str) -
 @pytest.mark.parametrize(
     ("key", "old", "new", "named"),
     [
-        ("pddl_domain", "(holdsAny ?a)", "(full ?a)", "domain is not one that the native engine"),
         ("pddl_problem", "(:goal", "(:gaol", "no :goal section"),
-        ("pddl_problem", "(inReceptacle ?", "(wheneverX (f) ?", "a form that pz does not know"),
         ("grammar", "action look", "action lok", "no action `look`"),
         ("grammar", "{r.indefinite} ", "{exec('1')} ", "unknown expression"),
+        ("grammar", '"list_appliances": [', '"lists": [', "no rule `list_appliances`"),
     ],
 )
-def test_a_file_that_the_engine_does_not_cover_is_refused_not_guessed_at(
+def test_a_broken_or_dangerous_file_is_refused_by_name(
     golden: dict[str, Any], tmp_path: Path, key: str, old: str, new: str, named: str
 ) -> None:
     _, data = next(_files(golden))
@@ -343,16 +369,40 @@ def test_a_file_that_the_engine_does_not_cover_is_refused_not_guessed_at(
         ALFWorldEnv(source=str(tmp_path)).reset(seed=0)
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new", "named"),
+    [
+        ("pddl_domain", "(holdsAny ?a)", "(full ?a)", "domain is not one that the native engine"),
+        ("pddl_problem", "(inReceptacle ?", "(when (f) ?", "a form that pz does not know"),
+        ("grammar", "You open the {r.name}.", "You open the {r.name}, [b].", "unknown form"),
+        ("grammar", '"holdsany(a:agent)"', '"~holdsany(a:agent)"', "unknown condition"),
+    ],
+)
+def test_what_the_native_engine_does_not_cover_is_found_when_a_game_is_opened(
+    golden: dict[str, Any], tmp_path: Path, key: str, old: str, new: str, named: str
+) -> None:
+    _, data = next(_files(golden))
+    assert old in data[key]
+    path = tmp_path / "task" / "trial" / "game.tw-pddl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(data | {key: data[key].replace(old, new)}))
+    games = load_games("train", str(tmp_path))
+    opened = open_game(games, games.games[0])
+    assert opened.world is None
+    assert named in opened.not_covered
+
+
 def test_missing_games_name_what_is_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match="a folder or an archive"):
         ALFWorldEnv(source=str(tmp_path / "nowhere"))
     monkeypatch.setenv("PZ_DATA", str(tmp_path))
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    (tmp_path / "json_2.1.1").symlink_to(folder)  # the train split alone
     with pytest.raises(DataError, match=r"alfworld-download .* games_valid_unseen\.tar\.xz"):
         ALFWorldEnv(split="valid_unseen")
-    assert "of train are not here" in (missing_games() or "")
+    assert "of valid_seen are not here" in (missing_games("valid_seen") or "")
     with pytest.raises(ConfigError, match="Did you mean `valid_seen`"):
         ALFWorldEnv(split="valid-seen")  # type: ignore[arg-type]
 
@@ -382,6 +432,25 @@ def test_goals_mean_what_pddl_says(formula: str, true: bool) -> None:
     facts = Facts({"red": {("a",)}})
     view = facts.with_changing({"in": {("a", "x"), ("b", "x"), ("c", "y")}})
     assert compile_formula(parse(formula), objects)(view, {}) is true
+
+
+@pytest.mark.parametrize(
+    ("formula", "read"),
+    [
+        ("(and (exists (?o - thing) (red ?o)) (exists (?o - place) (in a ?o)))", True),
+        ("(exists (?o ?p - thing) (and (red ?o) (not (= ?o ?p))))", True),
+        ("(not (red a))", False),
+        ("(or (red a) (red b))", False),
+        ("(forall (?o - thing) (red ?o))", False),
+    ],
+)
+def test_a_goal_is_read_flat_where_it_only_asks_for_things(formula: str, read: bool) -> None:
+    found = read_existential(parse(formula))
+    assert (found is not None) is read
+    if found is not None:
+        names = [term for _, terms in found.atoms for term in terms if term.startswith("?")]
+        assert len(found.variables) == 2
+        assert set(names) <= set(found.variables)
 
 
 def _published(split: str) -> None:
@@ -418,3 +487,36 @@ def test_published_games_are_won_by_their_walkthroughs(split: Any, games: int, p
     env = ALFWorldEnv(split=split)
     assert len(env) == games
     _play_walkthroughs(env, random.Random(0).sample(range(games), played))
+
+
+def _wander_then_win(household: Household, rng: random.Random, where: str) -> bool:
+    """Take ten random steps, then follow plans; returns False where the game was lost by then."""
+    for _ in range(10):
+        if not household.won:
+            household.play(rng.choice(household.admissible()))
+    left = 100
+    while not household.won:
+        plan = household.plan()
+        if plan is None:
+            ((_, held),) = household.state()["holds"]
+            world = household.world
+            assert not any(world.fit(held, receptacle) for receptacle in world.place), where
+            return False
+        assert 0 < len(plan) < left, where
+        left = len(plan)
+        assert household.play(plan[0]) is not None, where
+    return True
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_published_games_are_won_from_a_random_state() -> None:
+    _published("valid_seen")
+    games = load_games("valid_seen")
+    rng = random.Random(2)
+    won = 0
+    for game in games.games:
+        world = open_game(games, game).world
+        assert world is not None
+        won += _wander_then_win(Household(world), rng, game.name)
+    assert won >= len(games.games) - 3
