@@ -93,7 +93,7 @@ class _TensorBoard:
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(_tag(name), value, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -113,7 +113,7 @@ class _Wandb:
         )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._run.log({f"train/{name}": value for name, value in figures.items()}, step=step)
+        self._run.log({_tag(name): value for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -133,11 +133,16 @@ class _Trackio:
         )
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        values = {f"train/{name}": value for name, value in figures.items()}
+        values = {_tag(name): value for name, value in figures.items()}
         self._trackio.log(values, step=step)
 
     def close(self) -> None:
         self._trackio.finish()
+
+
+def _tag(name: str) -> str:
+    """Return a figure's name in a monitor: under ``train/`` unless it names its own group."""
+    return name if "/" in name else f"train/{name}"
 
 
 _MONITORS: Mapping[str, Callable[[Path, int, Mapping[str, Any]], Any]] = {
