@@ -19,6 +19,7 @@ import gymnasium
 
 from pz_envs.errors import ConfigError, did_you_mean
 from pz_envs.jericho.games import GAMES, MIT_ZORK1_MD5, find_game
+from pz_envs.scienceworld.tasks import TASKS
 
 if TYPE_CHECKING:
     from pz_envs.textenv import TextEnv
@@ -125,7 +126,28 @@ def rows() -> tuple[EnvRow, ...]:
         max_turns=50,
         dataset="alfworld",
     )
-    return (countdown, alfworld, webshop, *_textworld(), sokoban, *_cards(), *_maths(), *games)
+    adventures = (*_scienceworld(), *_textworld())
+    return (countdown, alfworld, webshop, *adventures, sokoban, *_cards(), *_maths(), *games)
+
+
+def _scienceworld() -> tuple[EnvRow, ...]:
+    """Return all tasks over a split, then each of the 30."""
+    whole = EnvRow(
+        id="pz/ScienceWorld-v0",
+        family="scienceworld",
+        entry_point="pz_envs.scienceworld.env:ScienceWorldEnv",
+        train_kwargs={"split": "train"},
+        eval_kwargs={"split": "test"},
+        metric="score_norm",
+        extra="scienceworld",
+    )
+    return (
+        whole,
+        *(
+            replace(whole, id=f"pz/ScienceWorld-{task.camel}-v0", kwargs={"task": task.name})
+            for task in TASKS.values()
+        ),
+    )
 
 
 def _textworld() -> tuple[EnvRow, ...]:
@@ -253,6 +275,10 @@ def missing(row: EnvRow) -> str | None:
     Raises:
         DataError: ``PZ_DATA`` names a folder that does not exist.
     """
+    if row.family == "scienceworld":
+        from pz_envs.scienceworld.jvm import missing_engine
+
+        return missing_engine()
     if row.extra is not None:
         module = extra_module(row.extra)
         if importlib.util.find_spec(module) is None:

@@ -54,6 +54,13 @@ FAMILIES: Mapping[str, Family] = {
             success="The purchase's reward is 1.",
         ),
         Family(
+            name="scienceworld",
+            title="ScienceWorld: elementary-science experiments in a house",
+            score="The engine's points / 100, and 0 where they are negative (a fatal mistake).",
+            success="The engine gives 100 points.",
+            extra="scienceworld",
+        ),
+        Family(
             name="textworld",
             title="TextWorld: text adventures made to order",
             score=(

@@ -55,8 +55,8 @@ say "installing pz-envs, pz-agents, pz-bench and their tools"
   pytest pytest-timeout pytest-xdist hypothesis ruff mypy types-PyYAML
 # Wheels that ask for more than pz calls: jericho's for spaCy (234 MB), and textworld's for jericho;
 # rliable's for a plotting stack, where the tests compare with its metrics alone.
-"${pip[@]}" -c constraints.txt tatsu networkx more_itertools hashids mementos prompt_toolkit termcolor tqdm
-"${pip[@]}" -c constraints.txt --no-deps jericho textworld alfworld rliable
+"${pip[@]}" -c constraints.txt py4j tatsu networkx more_itertools hashids mementos prompt_toolkit termcolor tqdm
+"${pip[@]}" -c constraints.txt --no-deps jericho textworld alfworld scienceworld rliable
 # ALFWorld's reference engine plans with Fast Downward, compiled here (minutes); our own does without.
 PATH="$PWD/.venv/bin:$PATH" "${pip[@]}" -c constraints.txt --no-deps fast-downward-textworld ||
   say "no Fast Downward: ALFWorld's reference engine is left out"

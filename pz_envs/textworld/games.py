@@ -177,7 +177,10 @@ def prepare(spec: Mapping[str, Any]) -> Path:
     if not _is_whole(path):
         with _locked(path):
             if not _is_whole(path):
-                write_atomic(path, build(spec))
+                # A pool of environments asks for many games at once: build as many as cores.
+                slot = int(path.stem[-8:], 16) % (os.cpu_count() or 1)
+                with _locked(path.with_name(f"building-{slot}"), keep=True):
+                    write_atomic(path, build(spec))
     return path
 
 
@@ -296,8 +299,11 @@ def _version_is_whole(path: str, size: int, mtime_ns: int) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one game of the cache; the kernel frees it when the holder dies."""
+def _locked(path: Path, *, keep: bool = False) -> Iterator[None]:
+    """Hold the lock of one game of the cache; the kernel frees it when the holder dies.
+
+    ``keep`` leaves the file there, so that those who wait and those who come later meet.
+    """
     lock = path.with_suffix(".lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +316,8 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        lock.unlink(missing_ok=True)
+        if not keep:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

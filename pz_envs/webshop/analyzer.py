@@ -143,7 +143,19 @@ def words(text: str) -> list[str]:
 
 def terms(text: str) -> list[str]:
     """Return the search terms of ``text``, in order, with repetitions."""
-    return [term for word in words(text) if (term := _term(word))]
+    found: list[str] = []
+    for chunk in text.split(" "):  # no word reaches over a space
+        found += _chunk_terms(chunk) if len(chunk) <= _LONGEST else _terms(chunk)
+    return found
+
+
+@functools.lru_cache(maxsize=65_536)
+def _chunk_terms(chunk: str) -> tuple[str, ...]:
+    return _terms(chunk)
+
+
+def _terms(chunk: str) -> tuple[str, ...]:
+    return tuple(term for word in words(chunk) if (term := _term(word)))
 
 
 @functools.lru_cache(maxsize=65_536)

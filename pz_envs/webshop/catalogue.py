@@ -9,18 +9,24 @@ catalogue of size n.
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from pz_envs.errors import ConfigError
 from pz_envs.seeding import derive_seed
+from pz_envs.webshop.products import Row
 from pz_envs.webshop.wording import ATTRIBUTES, DEPARTMENTS, KINDS, OPENINGS, OPTIONS, USES, Kind
 
-DEFAULT_SIZE = 600
+DEFAULT_SIZE = 10_000
 """Products of the catalogue unless another number is asked for."""
 
-LARGEST = 50_000
-"""Products that may be asked for; all of them are held in memory."""
+LARGEST = 1_000_000
+"""Products that may be asked for."""
+
+EDITION = 1
+"""Raised whenever the same size would give other products, so that old copies are not read."""
 
 _PARAPHRASED = 0.8
 _FAMILY = (3, 7)
@@ -30,52 +36,51 @@ _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SYLLABLE_TEXT = "ba bel cor dan fi gra hol jun ka lum mar nor ori pel quo ral sen tor ulm ves"
 _SYLLABLES = _SYLLABLE_TEXT.split()
 
-Files = tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]
 
-
-def generate(size: int) -> Files:
-    """Return ``size`` product records, their attributes and their human-style annotations.
-
-    The three have the layouts of ``items_shuffle.json``, ``items_ins_v2.json`` and
-    ``items_human_ins.json``.
+def check_size(size: int) -> None:
+    """Refuse a size that there is not.
 
     Raises:
         ConfigError: ``size`` is not 1 to ``LARGEST``.
     """
     if not 1 <= size <= LARGEST:
         raise ConfigError(f"the built-in catalogue has 1 to {LARGEST} products, not {size}")
+
+
+def generate(size: int) -> Iterator[Row]:
+    """Yield ``size`` product records, each with its attributes and its human-style annotations.
+
+    The three have the layouts of members of ``items_shuffle.json``, ``items_ins_v2.json`` and
+    ``items_human_ins.json``.
+    """
+    return itertools.islice(_endless(), size)
+
+
+def _endless() -> Iterator[Row]:
     rng = random.Random(derive_seed("webshop catalogue", 1))
-    records: list[dict[str, Any]] = []
-    attributes: dict[str, Any] = {}
-    annotations: dict[str, Any] = {}
-    while len(records) < size:
+    taken: set[str] = set()
+    while True:
         kind = rng.choice(KINDS)
         core = rng.sample(sorted(ATTRIBUTES[kind.category]), 3)
         for _ in range(rng.randint(*_FAMILY)):
-            asin = _new_asin(rng, attributes)
+            asin = _new_asin(rng, taken)
             own = _vary(rng, kind, core)
             options = _options(rng, kind)
-            records.append(_record(rng, kind, asin, own, options))
+            record = _record(rng, kind, asin, own, options)
             wanted = rng.sample(own, rng.randint(2, len(own)))
-            attributes[asin] = {
+            mined = {
                 "attributes": own,
                 "instruction": f"Find me {', '.join(wanted)} {kind.name}",
                 "instruction_attributes": wanted,
             }
-            annotations[asin] = [_annotation(rng, kind, asin, wanted, options)]
-    kept = records[:size]
-    asins = {record["asin"] for record in kept}
-    return (
-        kept,
-        {asin: mined for asin, mined in attributes.items() if asin in asins},
-        {asin: people for asin, people in annotations.items() if asin in asins},
-    )
+            yield record, mined, [_annotation(rng, kind, asin, wanted, options)]
 
 
-def _new_asin(rng: random.Random, taken: dict[str, Any]) -> str:
+def _new_asin(rng: random.Random, taken: set[str]) -> str:
     while True:
         asin = "B0" + "".join(rng.choices(_ALPHABET, k=8))
         if asin not in taken:
+            taken.add(asin)
             return asin
 
 

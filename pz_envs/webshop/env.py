@@ -18,7 +18,7 @@ import numpy as np
 from pz_envs.errors import ConfigError, EnvError, did_you_mean
 from pz_envs.textenv import Outcome, ReplyFormat, TextEnv
 from pz_envs.webshop.expert import oracle_action, without_price
-from pz_envs.webshop.goals import Goal, GoalKind, Split, draw_like_original, split_range
+from pz_envs.webshop.goals import GoalKind, Split, draw_like_original, split_range
 from pz_envs.webshop.pages import ObservationMode, render
 from pz_envs.webshop.session import Session
 from pz_envs.webshop.store import open_shop
@@ -46,9 +46,10 @@ class WebShopEnv(TextEnv):
     it searches for the instruction's words. As in the original, searching works on every page.
 
     Args:
-        source: ``"builtin"`` (the catalogue that ships with pz), ``"products_1000"`` (the
-            published small shop) or a folder with the original's files; see ``open_shop``.
-        num_products: how many records of the source to take; None for all.
+        source: ``"builtin"`` (a catalogue that pz makes itself), ``"products_1000"`` (the
+            published small shop), a shop folder made by ``pz-envs data import-webshop``, or a
+            folder with the original's files; see ``open_shop``.
+        num_products: how many records of the source to take; None for all (10,000 built in).
         goals: ``"human"`` instructions or ``"synthetic"`` ones.
         split: ``"train"``, ``"eval"``, ``"test"``, ``"all"``, or ``"fork_train"`` and
             ``"fork_test"``, the ranges of the published R3L runs; see ``split_range``.
@@ -98,21 +99,16 @@ class WebShopEnv(TextEnv):
         self._shop = open_shop(str(source), num_products)
         self._goals, self._prices = self._shop.goals(goals, price_seed)
         self._range = split_range(split, len(self._goals))
+        self._sums = np.cumsum(self._goals.weights(self._range)) if draw == "faithful" else None
         self._name = f"webshop/{self._shop.name}/{goals}"
         self._identity = f"{self._shop.fingerprint}/{goals}/{price_seed}"
         self._mode: ObservationMode = observation_mode
-        self._faithful = draw == "faithful"
         self._show_attributes = show_attributes
         self._history = (num_prev_obs, num_prev_actions)
         self._list_commands = admissible_commands
-        self._index = 0
         self._session = self._new_session(self._range[0])
         self._past_observations: list[str] = []
         self._past_actions: list[str] = []
-
-    @property
-    def _goal(self) -> Goal:
-        return self._goals[self._index]
 
     def expert_action(self) -> str | None:
         """Return the oracle's next action; it knows which product the goal is about."""
@@ -190,16 +186,16 @@ class WebShopEnv(TextEnv):
             if not isinstance(index, int) or not 0 <= index < len(self._goals):
                 raise ConfigError(f"index={index!r}: allowed are 0 to {len(self._goals) - 1}")
             return index
-        if not self._faithful:
+        if self._sums is None:
             return self._range[seed % len(self._range)]
-        chosen = self._goals[self._range.start : self._range.stop]
-        return self._range.start + draw_like_original(chosen, random.Random(seed))
+        return self._range[draw_like_original(self._sums, random.Random(seed))]
 
     def _new_session(self, index: int) -> Session:
         self._index = index
+        self._goal = self._goals[index]
         return Session(
             self._shop,
-            self._goals[index],
+            self._goal,
             str(index),
             self._prices,
             show_attributes=self._show_attributes,

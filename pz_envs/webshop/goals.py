@@ -4,20 +4,25 @@ Human goals come one an annotation, synthetic ones one a combination of a produc
 price bound is drawn for each, then all are shuffled with seed 233, so a goal's index is the same
 everywhere and the published splits are ranges of it. The random draws use one ``random.Random`` in
 the original's call order: first a purchase price for every product whose price is a range, then
-the bounds.
+the bounds. Goals are numbers on disk (16 bytes each); one is made when it is asked for.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pz_envs.errors import ConfigError, did_you_mean
+from pz_envs.webshop.build import NO_INSTRUCTION
+from pz_envs.webshop.layout import Folder, FolderWriter
 from pz_envs.webshop.products import Product
 
 GoalKind = Literal["human", "synthetic"]
@@ -26,8 +31,11 @@ Split = Literal["train", "eval", "test", "all", "fork_train", "fork_test"]
 SPLITS: tuple[str, ...] = ("train", "eval", "test", "all", "fork_train", "fork_test")
 
 _SHUFFLE_SEED = 233
+_LET_GO_EVERY = 64
 _BOUNDS = tuple(10.0 * tens for tens in range(1, 100))
-_NO_BOUND = 1_000_000
+NO_BOUND = 1_000_000.0
+"""The price bound, in dollars, of a goal that says nothing about the price."""
+
 _OFFICIAL_TEST, _OFFICIAL_EVAL = 500, 1500
 _FEWEST_FOR_OFFICIAL = 3000
 _FORK_TRAIN, _FORK_TEST = 4096, 4196
@@ -54,35 +62,105 @@ class Goal:
     weight: float = 1.0
 
 
-def purchase_prices(products: Sequence[Product], rng: random.Random) -> dict[str, float]:
-    """Return ASIN to price in dollars; a range is drawn from, uniformly, in load order."""
-    return {
-        product.asin: (
-            rng.uniform(*product.pricing) if len(product.pricing) > 1 else product.pricing[0]
-        )
-        for product in products
-    }
+class Goals(Sequence[Goal]):
+    """All goals of one kind in one shop, shuffled.
+
+    Args:
+        folder: where ``write_goals`` wrote them.
+        kind: their kind.
+        products: the shop's products by load order.
+        weights: ``[N]`` weight of a product's synthetic goals.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        kind: GoalKind,
+        products: Callable[[int], Product],
+        weights: NDArray[np.float64],
+    ) -> None:
+        self._folder = folder
+        self._made = 0
+        self._kind = kind
+        self._products = products
+        self._weights = weights
+        self._owners = folder.array("owners")
+        self._variants = folder.array("variants")
+        self._bounds = folder.array("bounds")
+        self.prices: NDArray[np.float64] = folder.array("prices")
+        """``[N]`` purchase price of each product, in dollars."""
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    @overload
+    def __getitem__(self, index: int) -> Goal: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Goal, ...]: ...
+    def __getitem__(self, index: int | slice) -> Goal | tuple[Goal, ...]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        self._made += 1
+        if self._made % _LET_GO_EVERY == 0:
+            self._folder.let_go()
+        owner, variant = int(self._owners[index]), int(self._variants[index])
+        product, bound = self._products(owner), float(self._bounds[index])
+        if self._kind == "human":
+            return _human(product, variant, bound)
+        return _synthetic(product, variant, bound, float(self._weights[owner]))
+
+    def weights(self, chosen: range) -> NDArray[np.float64]:
+        """Return the weights of the goals ``chosen``, for the original's draw."""
+        if self._kind == "human":
+            return np.ones(len(chosen))
+        return np.asarray(self._weights[self._owners[chosen.start : chosen.stop]])
 
 
-def make_goals(
-    products: Sequence[Product],
-    prices: Mapping[str, float],
-    kind: GoalKind,
-    rng: random.Random,
-) -> tuple[Goal, ...]:
-    """Return every goal, shuffled.
+def check_kind(kind: str) -> None:
+    """Refuse a kind of goals that there is not.
 
     Raises:
         ConfigError: ``kind`` is neither ``"human"`` nor ``"synthetic"``.
     """
-    if kind == "human":
-        goals = _human(products, prices, rng)
-    elif kind == "synthetic":
-        goals = _synthetic(products, prices, rng)
-    else:
+    if kind not in ("human", "synthetic"):
         raise ConfigError(f"goals={kind!r}: allowed are 'human' and 'synthetic'")
-    random.Random(_SHUFFLE_SEED).shuffle(goals)
-    return tuple(goals)
+
+
+def write_goals(shop: Folder, kind: GoalKind, price_seed: int, target: Path) -> None:
+    """Draw all prices and bounds, shuffle the goals, and write them to the folder ``target``.
+
+    Files: ``prices`` by product; ``owners`` (product), ``variants`` (which of its annotations or
+    combinations of options) and ``bounds`` (dollars) by goal.
+    """
+    rng = random.Random(price_seed)
+    pricing = shop.array("pricing").reshape(-1, 2)
+    prices = np.array(pricing[:, 0])
+    for number in np.flatnonzero(~np.isnan(pricing[:, 1])).tolist():
+        prices[number] = rng.uniform(*pricing[number].tolist())
+    counts = shop.array(kind)
+    bounds = array("d")
+    if kind == "human":
+        for number in np.flatnonzero(counts).tolist():
+            price = float(prices[number])
+            bounds.extend(price_bound(price, rng) for _ in range(int(counts[number])))
+        bound_of_goal = np.array(bounds, dtype=np.float64)
+    else:
+        drawn = np.flatnonzero(counts != NO_INSTRUCTION)
+        bounds.extend(price_bound(price, rng) for price in prices[drawn].tolist())
+        bound_of_goal = np.repeat(np.array(bounds, dtype=np.float64), counts[drawn])
+    many = np.maximum(counts, 0)
+    owners = np.repeat(np.arange(len(many), dtype=np.uint32), many)
+    starts = np.cumsum(many) - many
+    variants = np.arange(len(owners), dtype=np.int64) - np.repeat(starts, many)
+    order = array("I", range(len(owners)))
+    random.Random(_SHUFFLE_SEED).shuffle(order)
+    places = np.frombuffer(order, dtype=np.uint32)
+    with FolderWriter(target) as writer:
+        writer.save("prices", prices)
+        writer.save("owners", owners[places])
+        writer.save("variants", variants[places].astype(np.uint32))
+        writer.save("bounds", bound_of_goal[places])
+        writer.finish({"kind": kind, "price_seed": price_seed})
 
 
 def split_range(split: str, count: int) -> range:
@@ -118,60 +196,51 @@ def split_range(split: str, count: int) -> range:
     return chosen
 
 
-def draw_like_original(goals: Sequence[Goal], rng: random.Random) -> int:
+def draw_like_original(sums: Sequence[float] | NDArray[np.float64], rng: random.Random) -> int:
     """Return an index as the original draws it: goal i with the weight of goal i - 1.
 
-    Its cumulative sums begin with a 0 that shifts every weight by one, so goal 0 never comes.
+    Args:
+        sums: running totals of the weights, the first that of goal 0. The original puts a 0 before
+            them, which shifts every weight by one, so that goal 0 never comes.
+        rng: where the draw comes from.
     """
-    sums = [0.0, *itertools.accumulate(goal.weight for goal in goals)]
-    return min(bisect.bisect(sums, rng.uniform(0, sums[-1])), len(goals) - 1)
+    drawn = rng.uniform(0, float(sums[-1]))
+    return min(bisect.bisect(sums, drawn) + 1, len(sums) - 1)
 
 
-def _human(
-    products: Sequence[Product], prices: Mapping[str, float], rng: random.Random
-) -> list[Goal]:
-    goals = []
-    for product in products:
-        for annotation in product.annotations:
-            if not annotation.attributes:
-                continue
-            upper, clause = _price_bound(prices[product.asin], rng)
-            text = annotation.instruction.strip(".") + clause
-            goals.append(_goal(product, text, annotation.attributes, upper, annotation.options))
-    return goals
+def price_bound(price: float, rng: random.Random) -> float:
+    """Return the most that a goal's product may cost, in dollars; ``NO_BOUND`` for no limit."""
+    candidates = [bound for bound in _BOUNDS if bound > price][:4]
+    return max(rng.sample(candidates, 2)) if len(candidates) > 1 else NO_BOUND
 
 
-def _synthetic(
-    products: Sequence[Product], prices: Mapping[str, float], rng: random.Random
-) -> list[Goal]:
-    goals = []
-    for product in products:
-        attributes = product.instruction_attributes
-        if product.instruction is None or not attributes:
-            continue
-        upper, clause = _price_bound(prices[product.asin], rng)
-        names = sorted(product.options)
-        for values in itertools.product(*(product.options[name] for name in names)):
-            options = dict(zip(names, values, strict=True))
-            wish = ", and ".join(f"{name}: {value}" for name, value in options.items())
-            text = f"{product.instruction}{' with ' + wish if wish else ''}{clause}"
-            goals.append(_goal(product, text, attributes, upper, options))
-    counts = Counter(attribute for goal in goals for attribute in goal.attributes)
-    return [
-        replace(
-            goal,
-            weight=sum(1.0 / counts[one] for one in goal.attributes) / len(goal.attributes),
-        )
-        for goal in goals
-    ]
+def _human(product: Product, variant: int, bound: float) -> Goal:
+    usable = [one for one in product.annotations if one.attributes]
+    annotation = usable[variant]
+    text = annotation.instruction.strip(".") + _price_clause(bound)
+    return _goal(product, text, annotation.attributes, bound, annotation.options, 1.0)
+
+
+def _synthetic(product: Product, variant: int, bound: float, weight: float) -> Goal:
+    """Return the goal of the combination ``variant``; the last option's value changes fastest."""
+    values = []
+    names = sorted(product.options)
+    for name in reversed(names):
+        variant, place = divmod(variant, len(product.options[name]))
+        values.append(product.options[name][place])
+    options = dict(zip(names, reversed(values), strict=True))
+    wish = ", and ".join(f"{name}: {value}" for name, value in options.items())
+    text = f"{product.instruction}{' with ' + wish if wish else ''}{_price_clause(bound)}"
+    return _goal(product, text, product.instruction_attributes, bound, options, weight)
 
 
 def _goal(
     product: Product,
     text: str,
     attributes: tuple[str, ...],
-    upper: float,
+    bound: float,
     options: tuple[str, ...] | Mapping[str, str],
+    weight: float,
 ) -> Goal:
     return Goal(
         asin=product.asin,
@@ -181,15 +250,12 @@ def _goal(
         product_category=product.product_category,
         instruction_text=text,
         attributes=attributes,
-        price_upper=upper,
+        price_upper=bound,
         options=options,
         nouns=product.nouns,
+        weight=weight,
     )
 
 
-def _price_bound(price: float, rng: random.Random) -> tuple[float, str]:
-    candidates = [bound for bound in _BOUNDS if bound > price][:4]
-    if len(candidates) < 2:
-        return _NO_BOUND, ""
-    upper = max(rng.sample(candidates, 2))
-    return upper, f", and price lower than {upper:.2f} dollars"
+def _price_clause(bound: float) -> str:
+    return "" if bound == NO_BOUND else f", and price lower than {bound:.2f} dollars"

@@ -23,6 +23,10 @@ _STEP_4 = (
     *("al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion"),
     *("ou", "ism", "ate", "iti", "ous", "ive", "ize"),
 )
+_Rules = tuple[tuple[str, str], ...]
+_ENDINGS: dict[_Rules, tuple[str, ...]] = {
+    rules: tuple(ending for ending, _ in rules) for rules in (_STEP_2, _STEP_3)
+}
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -68,20 +72,20 @@ def _past(word: str) -> str:
     return word
 
 
-def _replaced(word: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _replaced(word: str, rules: _Rules) -> str:
     """Apply the rule of the longest matching ending, if what precedes it has a measure above 0."""
-    matching = [rule for rule in rules if word.endswith(rule[0])]
-    if not matching:
+    if not word.endswith(_ENDINGS[rules]):
         return word
+    matching = [rule for rule in rules if word.endswith(rule[0])]
     ending, new = max(matching, key=lambda rule: len(rule[0]))
     base = word[: len(word) - len(ending)]
     return base + new if _measure(base) > 0 else word
 
 
 def _without_ending(word: str) -> str:
-    matching = [ending for ending in _STEP_4 if word.endswith(ending)]
-    if not matching:
+    if not word.endswith(_STEP_4):
         return word
+    matching = [ending for ending in _STEP_4 if word.endswith(ending)]
     ending = max(matching, key=len)
     base = word[: len(word) - len(ending)]
     if ending == "ion" and not base.endswith(("s", "t")):

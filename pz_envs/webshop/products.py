@@ -8,9 +8,10 @@ a missing price is $100, and a product without mined attributes gets a dummy one
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pz_envs.errors import DataError
@@ -18,6 +19,9 @@ from pz_envs.webshop.nouns import title_nouns
 
 _NOT_A_NUMBER = re.compile(r"[^\d.]")
 _DEFAULT_PRICE = 100.0
+
+Row = tuple[Mapping[str, Any], Mapping[str, Any], Iterable[Mapping[str, Any]]]
+"""A record, its mined attributes, its annotations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,57 +67,75 @@ class Product:
         return " ".join((self.title, self.description, first, options)).lower()
 
 
+_FIELDS = tuple(field.name for field in fields(Product))
+_OPTIONS = _FIELDS.index("options")
+
+
+def packed(product: Product) -> bytes:
+    """Return a product as bytes: a JSON list of its fields in order."""
+    values = [getattr(product, name) for name in _FIELDS]
+    values[-1] = [[one.instruction, one.attributes, one.options] for one in product.annotations]
+    return json.dumps(values, separators=(",", ":")).encode()
+
+
+def unpacked(data: bytes) -> Product:
+    """Return the product that ``packed`` made ``data`` of.
+
+    Raises:
+        ValueError: ``data`` are other bytes.
+    """
+    values = json.loads(data)
+    options = {name: tuple(one) for name, one in values[_OPTIONS].items()}
+    plain: list[Any] = [tuple(value) if isinstance(value, list) else value for value in values]
+    plain[_OPTIONS] = options
+    plain[-1] = tuple(Annotation(text, tuple(a), tuple(b)) for text, a, b in values[-1])
+    return Product(*plain)
+
+
 def clean_products(
-    records: Sequence[Mapping[str, Any]],
-    attributes: Mapping[str, Any],
-    annotations: Mapping[str, Any],
+    rows: Iterable[Row],
     *,
-    nouns: Mapping[str, Sequence[str]] | None = None,
-    num_products: int | None = None,
+    nouns: Callable[[str], Sequence[str] | None] | None = None,
     cleaned: bool = False,
-) -> list[Product]:
-    """Return the shop's products in file order.
+) -> Iterator[Product]:
+    """Yield the shop's products in file order.
 
     Args:
-        records: scraped records, or with ``cleaned`` records that went through this before.
-        attributes: ASIN to ``{"attributes": [...], "instruction": ...}``.
-        annotations: ASIN to a list of human annotations.
-        nouns: title to its nouns; titles that are not in it are read with the closed lexicon.
-        num_products: records to look at, before any is dropped; None for all.
+        rows: a scraped record, its mined attributes ``{"attributes": [...], "instruction": ...}``
+            and its human annotations; with ``cleaned`` records that went through this before.
+        nouns: title to its nouns; titles it has none for are read with the closed lexicon.
         cleaned: whether prices and options have their final form already.
 
     Raises:
         DataError: a record lacks a field or has one of another type; the message names the ASIN.
     """
-    products = []
     seen = set()
-    for number, record in enumerate(records[:num_products]):
+    for number, (record, mined, people) in enumerate(rows):
         try:
             asin = str(record["asin"])
             if asin == "nan" or len(asin) > 10 or asin in seen:
                 continue
             seen.add(asin)
-            products.append(
-                _product(
-                    record, attributes.get(asin, {}), annotations.get(asin, ()), nouns, cleaned
-                )
-            )
+            product = _product(record, mined, people, nouns, cleaned)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             name = record.get("asin") if isinstance(record, Mapping) else record
             raise DataError(
                 f"product record {number} (asin {name!r:.40}) is not in WebShop's layout: {error!r}"
             ) from error
-    return products
+        yield product
 
 
 def _product(
     record: Mapping[str, Any],
     mined: Mapping[str, Any],
     annotations: Iterable[Mapping[str, Any]],
-    nouns: Mapping[str, Sequence[str]] | None,
+    nouns: Callable[[str], Sequence[str] | None] | None,
     cleaned: bool,
 ) -> Product:
     title = record["name"]
+    description = record["full_description"]
+    if not isinstance(description, str):
+        raise TypeError(f"full_description is {type(description).__name__}, not a string")
     bullets = record["small_description"]
     if cleaned:
         pricing = tuple(float(price) for price in record["pricing"])
@@ -121,11 +143,11 @@ def _product(
     else:
         pricing = parse_pricing(record.get("pricing"))
         options = parse_options(record.get("customization_options"))
-    known = None if nouns is None else nouns.get(title)
+    known = None if nouns is None else nouns(title)
     return Product(
         asin=str(record["asin"]),
         title=title,
-        description=record["full_description"],
+        description=description,
         bullets=tuple(bullets if isinstance(bullets, list) else [bullets]),
         pricing=pricing,
         price_text=" to ".join(f"${price}" for price in pricing),
@@ -150,10 +172,10 @@ def _product(
 
 def parse_pricing(text: str | None) -> tuple[float, ...]:
     """Return one price, or the low and high end of a range; $100 when there is none."""
-    if not text:
+    if not text or not text.strip():
         return (_DEFAULT_PRICE,)
     prices = tuple(float(_NOT_A_NUMBER.sub("", part)) for part in text.split("$")[1:])
-    return prices[:2]
+    return prices[:2] or (_DEFAULT_PRICE,)
 
 
 def parse_options(customization: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:

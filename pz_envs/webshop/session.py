@@ -85,7 +85,11 @@ class Session:
         self._name = name
         self._prices = prices
         self._show_attributes = show_attributes
-        self._state = _State(url=f"{BASE_URL}/{name}")
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the beginning: the search bar, nothing looked at, nothing chosen."""
+        self._state = _State(url=f"{BASE_URL}/{self._name}")
         self._page = self._build()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import pytest
@@ -31,6 +32,7 @@ def test_the_table_holds_every_id_of_every_family() -> None:
         "countdown": 1,
         "jericho": 57,
         "webshop": 1,
+        "scienceworld": 31,
         "textworld": 4,
         "sokoban": 1,
         "gymcards": 4,
@@ -43,7 +45,7 @@ def test_the_table_holds_every_id_of_every_family() -> None:
     for row in rows:
         family = pz_envs.FAMILIES[row.family]
         assert row.extra in (None, family.extra)
-        graded = row.family in ("jericho", "webshop", "textworld")
+        graded = row.family in ("jericho", "webshop", "scienceworld", "textworld")
         assert row.metric == ("score_norm" if graded else "success")
     assert [row.id for row in rows if not row.expert] == ["pz/Sherbet-v0"]
     assert pz_envs.find("pz/Lostpig-v0").expert_score == 6
@@ -90,7 +92,8 @@ def test_countdown_needs_nothing_and_a_game_its_story(
     empty = tmp_path
     monkeypatch.setenv("PZ_CACHE", str(empty))
     monkeypatch.setenv("PZ_DATA", str(empty))
-    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: object())
+    found = SimpleNamespace(submodule_search_locations=[])
+    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: found)
     lacks = {row.id: pz_envs.missing(row) for row in pz_envs.rows()}
     assert lacks["pz/Countdown-v0"] is None
     assert "pz-envs data get zork_mit" in str(lacks["pz/Zork1-v0"])
