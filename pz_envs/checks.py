@@ -14,18 +14,22 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import gymnasium
+import numpy as np
 
-from pz_envs.catalog import find, make_env
-from pz_envs.errors import EnvError
+from pz_envs.catalog import find, make_env, register_all
+from pz_envs.errors import EnvError, PzError
 from pz_envs.seeding import generator
 from pz_envs.textenv import INFO_KEYS, Info, TextEnv
+from pz_envs.workers import Worker
 
 FUZZ: tuple[str, ...] = (
     "",
@@ -56,6 +60,8 @@ FUZZ: tuple[str, ...] = (
 
 _SCRIPT = ("look", "north", "<action>inventory</action>", "take all", "<answer>1+2</answer>", "e")
 _EXPERT_STEPS = 3000
+_LIMIT_S = 900.0  # for one id in a process of its own
+_ADDRESSES_MB = 1 << 20  # no cap: a Java machine reserves far more than it uses
 _GRACE_S = 5.0  # a worker that is asked to end may take a moment
 _OTHER_PROCESS = (
     "import json, sys, gymnasium\n"
@@ -130,6 +136,67 @@ def check_env(env: str | Callable[[], TextEnv], *, seeds: tuple[int, ...] = (0, 
     return Report(subject.name, tuple(passed), tuple(skipped), time.perf_counter() - started)
 
 
+class Verdict(NamedTuple):
+    """An id and its report, or None and what is wrong."""
+
+    env_id: str
+    report: Report | None
+    problem: str
+
+
+class Checker:
+    """``check_env`` in a child process, so that an engine that crashes costs one verdict."""
+
+    def __init__(self, folder: str) -> None:
+        os.chdir(folder)  # a data root may be named relative to where the user is
+        register_all()
+
+    def check(self, env_id: str) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(check_env(env_id))
+
+
+def check_many(env_ids: Sequence[str], *, jobs: int) -> Iterator[Verdict]:
+    """Check several ids in ``jobs`` child processes; yields verdicts as they come.
+
+    Args:
+        env_ids: ids of the table whose data are here.
+        jobs: how many at a time.
+    """
+    workers: SimpleQueue[Worker] = SimpleQueue()
+    made = [
+        Worker(
+            "pz_envs.checks:Checker",
+            {"folder": os.getcwd()},
+            timeout_s=_LIMIT_S,
+            memory_mb=_ADDRESSES_MB,
+        )
+        for _ in range(jobs)
+    ]
+    for worker in made:
+        workers.put(worker)
+
+    def verdict(env_id: str) -> Verdict:
+        worker = workers.get()
+        try:
+            report = worker.call("check", env_id)
+        except PzError as error:
+            return Verdict(env_id, None, str(error))
+        finally:
+            workers.put(worker)
+        passed, skipped = tuple(report["passed"]), tuple(report["skipped"])
+        return Verdict(env_id, Report(env_id, passed, skipped, report["seconds"]), "")
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for done in as_completed([pool.submit(verdict, env_id) for env_id in env_ids]):
+            yield done.result()
+    finally:
+        for worker in made:
+            worker.close()
+        pool.shutdown(cancel_futures=True)
+
+
 def transcript(env: TextEnv, seed: int) -> list[Any]:
     """Play a fixed script from ``reset(seed=seed)``; returns all that came back, as JSON data."""
     observation, info = env.reset(seed=seed)
@@ -151,7 +218,18 @@ def _ended(events: list[Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+    return json.loads(_json(value))
+
+
+def _json(value: Any) -> str:
+    """Return JSON; the arrays that ``extra`` may hold become lists."""
+
+    def listed(part: Any) -> Any:
+        if isinstance(part, np.ndarray):
+            return part.tolist()
+        raise TypeError(f"{type(part).__name__} is neither JSON data nor an array")
+
+    return json.dumps(value, default=listed)
 
 
 def _need(condition: bool, complaint: str) -> None:
@@ -206,9 +284,9 @@ def _check_info(info: Info, steps: int) -> None:
     for key in ("task_id", "instruction"):
         _need(isinstance(info[key], str) and info[key] != "", f"{key} must be a filled string")
     try:
-        json.dumps(info["extra"])
+        _json(info["extra"])
     except (TypeError, ValueError) as error:
-        raise AssertionError(f"extra must be plain JSON data ({error})") from error
+        raise AssertionError(f"extra must be plain JSON data or arrays ({error})") from error
 
 
 def _check_step(result: tuple[Any, ...], steps: int) -> None:
@@ -399,11 +477,13 @@ def _reply(env: TextEnv, command: str) -> str:
 def _random_action(subject: _Subject) -> None:
     """A random action, where a family offers one, is well formed and not refused."""
     with subject.opened() as env:
+        if type(env).random_action is TextEnv.random_action:
+            raise _DoesNotApply("this family has no random_action")
         for seed in subject.seeds:
             env.reset(seed=seed)
             action = env.random_action(generator("check", seed))
             if action is None:
-                raise _DoesNotApply("this family has no random_action")
+                raise _DoesNotApply("this environment has no random_action")
             info = env.step(_reply(env, action))[4]
             _need(not info["format_error"], f"{action!r} is a format error")
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pz_envs.errors import ConfigError, PzError
+from pz_envs.errors import ConfigError, DataError, PzError
 
 if TYPE_CHECKING:
-    from pz_envs.textenv import TextEnv
+    from pz_envs.catalog import EnvRow
 
 app = typer.Typer(
     help="Text environments of LLM-agent research.",
@@ -47,8 +50,9 @@ def list_environments(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List every environment and what it lacks to be played here."""
-    from pz_envs.catalog import FAMILIES, missing, rows
+    from pz_envs.catalog import missing, rows
     from pz_envs.errors import did_you_mean
+    from pz_envs.families import FAMILIES
 
     if family is not None and family not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -73,64 +77,65 @@ def play(
     env_id: Annotated[str, typer.Argument(help="An id, e.g. pz/Countdown-v0.")],
     seed: Annotated[int, typer.Option(help="Which episode.", min=0)] = 0,
     commands: Annotated[
-        bool, typer.Option(help="Work out admissible commands (`?` shows them); slow in some games")
+        bool, typer.Option(help="Work out admissible commands for Tab; slow in some games.")
     ] = True,
+    transcript: Annotated[
+        Path | None, typer.Option(help="Append what is typed and answered to this file.")
+    ] = None,
+    web: Annotated[bool, typer.Option("--web", help="Shop in a browser (WebShop).")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --web; 0 picks one.")] = 0,
 ) -> None:
-    """Play in the terminal: `?` admissible commands, `:undo` one step back, `:quit` leave."""
+    """Play in the terminal; /help lists what is no move: /commands, /hint, /undo, /quit."""
     from pz_envs.catalog import find, make_env, missing
+    from pz_envs.play import play as play_by_hand
 
     row = find(env_id)
     lack = missing(row)
     if lack is not None:
-        from pz_envs.errors import DataError
-
         raise DataError(lack)
+    if web:
+        _serve_shop(row.id, seed, port)
+        return
     env = make_env(row.id, admissible_commands=commands)
     try:
-        _play(env, seed)
+        play_by_hand(env, seed=seed, title=row.id, transcript=transcript)
     finally:
         env.close()
 
 
-def _play(env: TextEnv, seed: int) -> None:
-    observation, info = env.reset(seed=seed)
-    print(info["instruction"], observation, sep="\n\n")
-    past: list[bytes] = []
-    over = False
-    for line in _lines():
-        if line == ":quit":
-            break
-        if line == "?":
-            commands = info["admissible_commands"]
-            print("no list of commands here" if commands is None else "\n".join(commands))
-        elif line == ":undo":
-            if not past:
-                print("nothing to undo")
-                continue
-            observation, info = env.restore(past.pop())
-            over = False
-            print(observation)
-        elif over:
-            print("the episode is over; :undo or :quit")
-        elif line:
-            if env.can_snapshot:
-                past.append(env.snapshot())
-            observation, reward, over, _, info = env.step(line)
-            print(observation)
-            if reward:
-                print(f"[reward {reward:+g}; score {info['score']:g} of {info['max_score']:g}]")
-            if over:
-                print("You won." if info["success"] else "It is over.")
-    print(f"score {info['score']:g} of {info['max_score']:g} after {info['steps']} steps")
+def _serve_shop(env_id: str, seed: int, port: int) -> None:
+    """Let a person shop in a browser until Ctrl-C."""
+    from pz_envs.webshop.page import ADDRESS, ShopServer
 
-
-def _lines() -> Iterator[str]:
-    while True:
+    if env_id != "pz/WebShop-v0":
+        raise ConfigError(f"--web is for pz/WebShop-v0, not {env_id}")
+    with ShopServer(port, seed=seed) as server:
+        print(f"http://{ADDRESS}:{server.server_port}/   (Ctrl-C ends)", flush=True)
         try:
-            yield input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+            server.serve_forever()
+        except KeyboardInterrupt:
             return
+
+
+@data_app.command("import-webshop")
+def data_import_webshop(
+    source: Annotated[Path, typer.Argument(help="Folder with items_shuffle*.json and the rest.")],
+    target: Annotated[Path, typer.Argument(help="The shop folder to make.")],
+    num_products: Annotated[int | None, typer.Option(help="Only the first N records.")] = None,
+) -> None:
+    """Turn the original WebShop's files into a memory-mapped shop folder."""
+    from rich.progress import Progress
+
+    from pz_envs.webshop.importing import import_files
+
+    with Progress() as progress:
+        task = progress.add_task("importing", total=1.0)
+
+        def show(done: int, share: float) -> None:
+            progress.update(task, completed=share, description=f"{done} products")
+
+        import_files(source, target, num_products=num_products, on_progress=show)
+    print(target)
 
 
 @data_app.command("list")
@@ -169,89 +174,192 @@ def data_path() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """One line of the doctor's report; ``needed`` findings that fail make it exit 1."""
+    """One line of the doctor's report.
+
+    ``state`` is ``ok``, ``optional`` (something could be added) or ``missing`` (something that is
+    installed cannot work); ``mend`` is the command that changes it.
+    """
 
     name: str
-    ok: bool
+    state: str
     detail: str
-    needed: bool = True
+    mend: str = ""
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is here, what is missing, and the command that mends it."""
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is here, what is missing, and the command that mends it; exit 1 when one must be."""
     findings = list(_findings())
-    for finding in findings:
-        mark = "ok" if finding.ok else "MISSING" if finding.needed else "-"
-        print(f"{mark:<8} {finding.name:<18} {finding.detail}")
-    if any(finding.needed and not finding.ok for finding in findings):
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        marks = {"ok": "ok", "optional": "-", "missing": "MISSING"}
+        for finding in findings:
+            mend = f"  mend: {finding.mend}" if finding.mend else ""
+            print(f"{marks[finding.state]:<8} {finding.name:<18} {finding.detail}{mend}")
+    if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
 
 
 def _findings() -> Iterator[_Finding]:
     from importlib.metadata import version
 
-    from pz_envs.catalog import missing, rows
     from pz_envs.datasets import data_root, download_root
 
-    yield _Finding("python", sys.version_info >= (3, 11), sys.version.split()[0])
-    for package in ("gymnasium", "numpy", "typer"):
-        yield _Finding(package, True, version(package))
-    jericho = importlib.util.find_spec("jericho") is not None
-    yield _Finding(
-        "jericho",
-        jericho,
-        version("jericho") if jericho else "optional; pip install 'pz-envs[jericho]'",
-        needed=False,
-    )
-    tools = (
-        ("gcc", "builds jericho", "sudo apt-get install gcc make"),
-        ("make", "builds jericho", "sudo apt-get install gcc make"),
-        ("java", "for Java engines", "sudo apt-get install openjdk-17-jre-headless"),
-    )
-    for tool, purpose, install in tools:
-        path = shutil.which(tool)
-        yield _Finding(tool, path is not None, path or f"{purpose}; {install}", needed=False)
+    recent = sys.version_info >= (3, 11)
+    found = sys.version.split()[0]
+    yield _Finding("python", "ok" if recent else "missing", found, "" if recent else "python 3.11")
+    for package in ("gymnasium", "numpy", "typer", "rich"):
+        yield _Finding(package, "ok", version(package))
+    yield from _extras()
+    yield from _tools()
     try:
-        yield _Finding("data", True, str(data_root() or f"{download_root()} (nothing there yet)"))
-        games = [missing(row) for row in rows() if row.family == "jericho"]
-    except PzError as error:
-        yield _Finding("data", False, str(error))
+        root = data_root()
+    except DataError as error:
+        yield _Finding("data", "missing", str(error), "unset PZ_DATA")
         return
-    playable = games.count(None)
-    detail = f"{playable} of {len(games)} playable"
-    if not playable:
-        detail += "; pz-envs data get zork_mit (MIT), pz-envs data get jericho"
-    yield _Finding("jericho games", playable > 0, detail, needed=jericho)
+    yield _Finding("data", "ok", str(root or f"{download_root()} (nothing there yet)"))
+    yield from _data_sets()
+    yield from _families()
+
+
+def _extras() -> Iterator[_Finding]:
+    from pz_envs.catalog import extra_module
+    from pz_envs.families import FAMILIES
+
+    for extra in sorted({family.extra for family in FAMILIES.values() if family.extra}):
+        module = extra_module(extra)
+        if importlib.util.find_spec(module) is None:
+            yield _Finding(
+                extra, "optional", f"{module} is not installed", f"pip install 'pz-envs[{extra}]'"
+            )
+        else:
+            yield _Finding(extra, "ok", f"{module} is installed")
+
+
+def _tools() -> Iterator[_Finding]:
+    """Look for programs; Java is a must once the package that needs it is installed."""
+    java_needed = importlib.util.find_spec("scienceworld") is not None
+    tools = (
+        ("java", "runs ScienceWorld", "openjdk-17-jre-headless", java_needed),
+        ("gcc", "builds jericho", "gcc make", False),
+        ("make", "builds jericho", "gcc make", False),
+    )
+    for tool, purpose, packages, needed in tools:
+        path = shutil.which(tool)
+        home = os.environ.get("JAVA_HOME")
+        if tool == "java" and path is None and home:
+            path = shutil.which("java", path=os.path.join(home, "bin"))
+        if path is not None:
+            yield _Finding(tool, "ok", path)
+        else:
+            yield _Finding(
+                tool,
+                "missing" if needed else "optional",
+                f"not found; {purpose}",
+                f"sudo apt-get install {packages}",
+            )
+
+
+def _data_sets() -> Iterator[_Finding]:
+    """Say of each data set how many of its files are found (by name; ``data get`` verifies)."""
+    from pz_envs.datasets import DATASETS, find_file
+
+    for dataset in DATASETS.values():
+        here = sum(find_file(dataset.folder, file.name) is not None for file in dataset.files)
+        whole = here == len(dataset.files)
+        yield _Finding(
+            f"data {dataset.name}",
+            "ok" if whole else "optional",
+            f"{here} of {len(dataset.files)} files; {dataset.title}",
+            "" if whole else f"pz-envs data get {dataset.name}",
+        )
+
+
+def _families() -> Iterator[_Finding]:
+    """Say of each family how many ids are playable; none, with its extra here, is a lack."""
+    from pz_envs.catalog import extra_module, missing, rows
+    from pz_envs.families import FAMILIES
+
+    for family in FAMILIES.values():
+        lacks = [missing(row) for row in rows() if row.family == family.name]
+        playable = lacks.count(None)
+        first = next((lack for lack in lacks if lack is not None), "")
+        installed = family.extra and importlib.util.find_spec(extra_module(family.extra))
+        yield _Finding(
+            f"play {family.name}",
+            "ok" if playable else "missing" if installed else "optional",
+            f"{playable} of {len(lacks)} ids" + (f". {first}" if first else ""),
+        )
 
 
 @app.command()
 def check(
     env_ids: Annotated[list[str] | None, typer.Argument(help="Ids to check.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every playable id.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every id whose data are here.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option("-j", "--jobs", help="How many at a time.", min=1)
+    ] = None,
 ) -> None:
     """Hold environments against the conformance suite; exit 1 when a rule is broken."""
-    from pz_envs.catalog import find, missing, rows
-    from pz_envs.checks import check_env
-    from pz_envs.errors import EnvError
+    from pz_envs.catalog import find, rows
 
     if bool(env_ids) == everything:
         raise ConfigError("give ids or --all, e.g. pz-envs check pz/Countdown-v0")
     chosen = rows() if everything else tuple(find(env_id) for env_id in env_ids or ())
-    broken = 0
-    for row in chosen:
-        lack = missing(row)
-        if lack is not None:
-            print(f"{row.id}: not checked. {lack}")
-            broken += not everything
-            continue
-        try:
-            report: Any = check_env(row.id)
-        except EnvError as error:
-            broken += 1
-            print(f"{row.id}: FAILED. {error}")
-            continue
-        skipped = f"; skipped {', '.join(report.skipped)}" if report.skipped else ""
-        print(f"{row.id}: {len(report.passed)} rules hold{skipped} ({report.seconds:.1f} s)")
-    if broken:
+    if _check(chosen, jobs or os.cpu_count() or 1, absent_is_failure=not everything):
         raise typer.Exit(1)
+
+
+def _check(chosen: Sequence[EnvRow], jobs: int, *, absent_is_failure: bool) -> bool:
+    """Check rows, print a line for each and a table of families; returns whether any failed."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from pz_envs.catalog import missing
+    from pz_envs.checks import check_many
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    started = time.monotonic()
+    lacks = {row.id: missing(row) for row in chosen}
+    family_of = {row.id: row.family for row in chosen}
+    counts = {family: Counter[str]() for family in family_of.values()}
+    for env_id, lack in lacks.items():
+        if lack is not None:
+            counts[family_of[env_id]]["not here"] += 1
+            console.print(f"{env_id}: not here. {lack}", style="dim")
+    here = [env_id for env_id, lack in lacks.items() if lack is None]
+    columns = (TextColumn("checking"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(here))
+        for env_id, report, problem in check_many(here, jobs=min(jobs, max(len(here), 1))):
+            count = counts[family_of[env_id]]
+            if report is None:
+                count["failed"] += 1
+                console.print(f"{env_id}: FAILED. {problem}", style="red")
+            else:
+                count["hold"] += 1
+                count["seconds"] += round(report.seconds)
+                skipped = f"; skipped {', '.join(report.skipped)}" if report.skipped else ""
+                rules = f"{len(report.passed)} rules hold{skipped}"
+                console.print(f"{env_id}: {rules} ({report.seconds:.1f} s)")
+            progress.advance(task)
+    shown = ("hold", "failed", "not here", "seconds")
+    table = Table("family", *shown)
+    for family, count in counts.items():
+        table.add_row(family, *(str(count[column]) for column in shown))
+    console.print(table)
+    failed = sum(count["failed"] for count in counts.values())
+    absent = len(chosen) - len(here)
+    console.print(
+        f"{len(here) - failed} ids hold, {failed} failed, {absent} are not here; "
+        f"{time.monotonic() - started:.0f} s with {jobs} at a time"
+    )
+    return bool(failed) or (absent_is_failure and absent > 0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from pz_agents.errors import ModelError
 from pz_agents.models.protocol import Completion, LanguageModel, Message
-from pz_agents.prompting.templates import Template, clip, system_text, user_text
+from pz_agents.prompting.templates import Template, clip, for_family, system_text, user_text
 from pz_agents.sdk.types import Ids, Turn
 
 
@@ -52,16 +52,15 @@ class Conversation:
 
     def prompt_ids(self, turn: Turn) -> Ids:
         """Return the prompt [P] for ``turn``; call ``add_reply`` before the next one."""
-        self._user = user_text(
-            self._template, turn.observation, turn.info.get("admissible_commands")
-        )
-        history = self._template.history
+        template = for_family(self._template, _family(turn))
+        self._user = user_text(template, turn.observation, turn.info.get("admissible_commands"))
+        history = template.history
         if self._past and (history is None or len(self._past) <= history):
             grown = np.concatenate([self._ids, self._after(self._user)])
             if len(grown) <= self._room:
                 self._ids = grown
                 return grown
-        self._ids = self._afresh(turn)
+        self._ids = self._afresh(turn, template)
         return self._ids
 
     def add_reply(self, completion: Completion) -> None:
@@ -79,10 +78,10 @@ class Conversation:
     def _after(self, user: str) -> Ids:
         return self._model.render([{"role": "user", "content": user}], continuation=True)
 
-    def _afresh(self, turn: Turn) -> Ids:
+    def _afresh(self, turn: Turn, template: Template) -> Ids:
         instruction = str(turn.info.get("instruction", ""))
-        system = system_text(self._template, instruction, reply_tag(turn))
-        history = self._template.history
+        system = system_text(template, instruction, reply_tag(turn))
+        history = template.history
         allowed = len(self._past) if history is None else min(len(self._past), history)
         self._past = self._newest((allowed + 1) // 2)
         ids = self._join(system, self._past, self._user)
@@ -119,3 +118,7 @@ class Conversation:
 def reply_tag(turn: Turn) -> str:
     """Return the tag that the episode's environment reads replies from."""
     return turn.episode.env.reply_tag if turn.episode.env is not None else "action"
+
+
+def _family(turn: Turn) -> str | None:
+    return turn.episode.env.family if turn.episode.env is not None else None

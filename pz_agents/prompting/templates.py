@@ -1,17 +1,19 @@
-"""Prompt templates as data, and the two functions that fill them in.
+"""Prompt templates as data, and the functions that fill them in.
 
 ``chat`` is for instruction-tuned models: rules and reply format in a system message, then one user
-message a turn. ``compact`` is for ``tiny``: the observation, the commands by number, nothing else,
-and each turn on its own; a model that small cannot copy a command, but it can choose one. A
-template never sees a score, a walkthrough or anything else the player may not.
+message a turn, in the words of the family's preset (``presets``). ``compact`` is for ``tiny``: the
+observation, the commands by number, nothing else, and each turn on its own; a model that small
+cannot copy a command, but it can choose one. A template never sees a score, a walkthrough or
+anything else the player may not.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pz_agents.prompting.presets import GENERIC, PRESETS
 from pz_envs.errors import ConfigError, did_you_mean
 from pz_envs.replies import parse_reply
 
@@ -24,6 +26,9 @@ class Template:
     user: text of a turn with ``{observation}``.
     commands: put behind ``user`` when commands are known, with ``{commands}``.
     separator: between commands.
+    reminder: ends every turn.
+    by_family: the family's preset says all of the above, ``{system}`` being its system message,
+        and ``history`` where that is -1.
     numbered: list commands as ``1 north``; a reply that is a number then means that command.
     history: most past turns that a prompt shows; None is the whole conversation.
     observation_chars, commands_chars: most characters of each; None is no limit.
@@ -34,27 +39,18 @@ class Template:
     user: str = "{observation}"
     commands: str = "\n{commands}"
     separator: str = "\n"
+    reminder: str = ""
+    by_family: bool = False
     numbered: bool = False
     history: int | None = None
     observation_chars: int | None = None
     commands_chars: int | None = None
 
 
-_CHAT_SYSTEM = """\
-{instruction}
-
-Think first, briefly, between <think> and </think>. Then give exactly one {tag} and nothing after \
-it: <{tag}>...</{tag}>"""
-
 TEMPLATES: Mapping[str, Template] = {
     template.name: template
     for template in (
-        Template(
-            name="chat",
-            system=_CHAT_SYSTEM,
-            commands="\n\nCommands that do something here: {commands}",
-            separator="; ",
-        ),
+        Template(name="chat", system="{system}", by_family=True, history=-1),
         Template(
             name="compact",
             numbered=True,
@@ -81,8 +77,29 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def for_family(template: Template, family: str | None) -> Template:
+    """Return ``template`` in the words of a family's preset; as it is unless it is ``by_family``.
+
+    What has been added to the system message, such as guidance for a second attempt, stays.
+    """
+    if not template.by_family:
+        return template
+    preset = GENERIC if family is None else PRESETS.get(family, GENERIC)
+    return replace(
+        template,
+        system=template.system.replace("{system}", preset.system, 1),
+        user=preset.user,
+        commands=preset.commands,
+        separator=preset.separator,
+        reminder=preset.reminder,
+        history=preset.history if template.history == -1 else template.history,
+        by_family=False,
+    )
+
+
 def system_text(template: Template, instruction: str, tag: str) -> str:
     """Return the system message, or an empty string where the template has none."""
+    template = for_family(template, None)
     return template.system.format(instruction=instruction, tag=tag).strip()
 
 
@@ -92,11 +109,12 @@ def user_text(template: Template, observation: str, commands: Sequence[str] | No
     An observation that is too long keeps its end, where a game says what just happened; commands
     are kept from the first on as long as they fit.
     """
+    template = for_family(template, None)
     text = template.user.format(observation=clip(observation.strip(), template.observation_chars))
     shown = shown_commands(template, commands or ())
     if shown:
         text += template.commands.format(commands=template.separator.join(shown))
-    return text
+    return text + template.reminder
 
 
 def clip(text: str, limit: int | None) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pz_envs.gymcards.cards import Card, draw, shown
+from pz_envs.gymcards.picture import picture
 from pz_envs.gymcards.saving import pack, unpack
 from pz_envs.seeding import generator
-from pz_envs.textenv import Outcome, ReplyFormat, TextEnv
+from pz_envs.textenv import Info, Outcome, ReplyFormat, TextEnv
 
 COMMANDS = ("stand", "hit")
 """The two actions."""
@@ -37,6 +38,7 @@ class BlackjackEnv(TextEnv):
 
     Args:
         admissible_commands: whether info lists ``stand`` and ``hit``.
+        image: whether ``info["extra"]["image"]`` holds a picture, [240, 320, 3] uint8 RGB.
         reply_format: see ``TextEnv``.
         render_mode: see ``TextEnv``.
     """
@@ -48,11 +50,13 @@ class BlackjackEnv(TextEnv):
         self,
         *,
         admissible_commands: bool = True,
+        image: bool = False,
         reply_format: ReplyFormat = "auto",
         render_mode: str | None = None,
     ) -> None:
         super().__init__(reply_format=reply_format, render_mode=render_mode)
         self._listed = admissible_commands
+        self._image = image
         self._shoe: tuple[Card, ...] = ()
         self._drawn = 0
         self._dealer: tuple[Card, ...] = ()
@@ -121,6 +125,14 @@ class BlackjackEnv(TextEnv):
                 "player": [str(card) for card in self._player],
             },
         )
+
+    def _info(self, outcome: Outcome, *, format_error: bool) -> Info:
+        info = super()._info(outcome, format_error=format_error)
+        if self._image:
+            dealer = self._dealer if outcome.terminated else (self._dealer[0], None)
+            rows = ("DEALER", dealer, "YOU", self._player)
+            info["extra"]["image"] = picture(rows)
+        return info
 
     def _save(self) -> bytes:
         hands = [[card.index for card in hand] for hand in (self._shoe, self._dealer, self._player)]

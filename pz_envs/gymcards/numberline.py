@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pz_envs.errors import ConfigError
+from pz_envs.gymcards.picture import picture
 from pz_envs.gymcards.saving import pack, unpack
 from pz_envs.seeding import generator
-from pz_envs.textenv import Outcome, ReplyFormat, TextEnv
+from pz_envs.textenv import Info, Outcome, ReplyFormat, TextEnv
 
 _MOVES = {"-": -1, "+": 1}
 _SAME = str.maketrans("−–－＋", "---+")
@@ -28,6 +29,7 @@ class NumberLineEnv(TextEnv):
     Args:
         max_position: the numbers are 0 to this; an episode has at most twice as many moves.
         admissible_commands: whether info lists the moves that go somewhere.
+        image: whether ``info["extra"]["image"]`` holds a picture, [240, 320, 3] uint8 RGB.
         reply_format: see ``TextEnv``.
         render_mode: see ``TextEnv``.
 
@@ -43,6 +45,7 @@ class NumberLineEnv(TextEnv):
         *,
         max_position: int = 5,
         admissible_commands: bool = True,
+        image: bool = False,
         reply_format: ReplyFormat = "auto",
         render_mode: str | None = None,
     ) -> None:
@@ -51,6 +54,7 @@ class NumberLineEnv(TextEnv):
             raise ConfigError(f"max_position={max_position}: allowed are 1 to 1000")
         self._last = max_position
         self._listed = admissible_commands
+        self._image = image
         self._target = 0
         self._current = 0
         self._moves = 0
@@ -110,6 +114,13 @@ class NumberLineEnv(TextEnv):
             admissible_commands=commands if self._listed else None,
             extra={"target": self._target, "current": self._current, "cut": cut},
         )
+
+    def _info(self, outcome: Outcome, *, format_error: bool) -> Info:
+        info = super()._info(outcome, format_error=format_error)
+        if self._image:
+            rows = (f"TARGET {self._target}", f"CURRENT {self._current}")
+            info["extra"]["image"] = picture(rows)
+        return info
 
     def _save(self) -> bytes:
         return pack(f"numberline to {self._last}", self._target, self._current, self._moves)

@@ -22,9 +22,10 @@ from pz_envs.countdown.solver import solve
 from pz_envs.errors import ConfigError, EnvError, did_you_mean
 from pz_envs.gymcards.cards import Card, deal_ezpoints, draw, shown
 from pz_envs.gymcards.formula import BLANK, completion, value
+from pz_envs.gymcards.picture import picture
 from pz_envs.gymcards.saving import pack, unpack
 from pz_envs.seeding import generator
-from pz_envs.textenv import Outcome, ReplyFormat, TextEnv
+from pz_envs.textenv import Info, Outcome, ReplyFormat, TextEnv
 
 _SAME = str.maketrans("×·∗＊÷／−–－＋（）＝", "****//---+()=")
 _DEALS = ("original", "solvable")
@@ -66,6 +67,7 @@ class PointsEnv(TextEnv):
         deal: ``"original"`` deals Points24 as the original does, so that some hands have no
             solution; ``"solvable"`` deals again until one has. EZPoints hands always have one.
         admissible_commands: whether info lists the symbols that are not refused.
+        image: whether ``info["extra"]["image"]`` holds a picture, [240, 320, 3] uint8 RGB.
         reply_format: see ``TextEnv``.
         render_mode: see ``TextEnv``.
 
@@ -82,6 +84,7 @@ class PointsEnv(TextEnv):
         game: str = "points24",
         deal: Literal["original", "solvable"] = "original",
         admissible_commands: bool = True,
+        image: bool = False,
         reply_format: ReplyFormat = "auto",
         render_mode: str | None = None,
     ) -> None:
@@ -97,6 +100,7 @@ class PointsEnv(TextEnv):
         self._game = GAMES[game]
         self._deal = deal
         self._listed = admissible_commands
+        self._image = image
         self._cards: tuple[Card, ...] = ()
         self._left: tuple[int, ...] = ()
         self._formula: tuple[str, ...] = ()
@@ -240,6 +244,12 @@ class PointsEnv(TextEnv):
             "formula": list(self._formula),
             "cut": cut,
         }
+
+    def _info(self, outcome: Outcome, *, format_error: bool) -> Info:
+        info = super()._info(outcome, format_error=format_error)
+        if self._image:
+            info["extra"]["image"] = picture((self._cards, "".join(self._formula)))
+        return info
 
     def _save(self) -> bytes:
         cards = [card.index for card in self._cards]

@@ -15,10 +15,12 @@ from pz_agents.errors import ModelError
 from pz_agents.models.protocol import Completion, GenerateRequest
 from pz_agents.models.scripted import ScriptedModel
 from pz_agents.prompting import TEMPLATES, BestOfN, Conversation, ZeroShot, find_template
+from pz_agents.prompting.presets import PRESETS
 from pz_agents.prompting.templates import clip, user_text
 from pz_agents.rollout.episode import EpisodeSpec
 from pz_agents.rollout.loop import Limits, run_episodes
 from pz_agents.sdk.types import Episode, Trajectory, Turn
+from pz_envs import FAMILIES, make_env, missing, rows
 from pz_envs.countdown.env import CountdownEnv
 from pz_envs.errors import ConfigError
 
@@ -59,6 +61,76 @@ def test_the_chat_prompt_has_rules_format_observation_and_commands() -> None:
     assert "<think>" in system
     assert "<answer>...</answer>" in system  # the environment's own tag
     assert user == "You are here.\n\nCommands that do something here: north; take lamp"
+
+
+class _Family(CountdownEnv):
+    """Of whichever family it is told."""
+
+    def __init__(self, family: str, tag: str) -> None:
+        super().__init__()
+        self.family = family  # type: ignore[misc]
+        self.reply_tag = tag  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *PRESETS}))
+def test_chat_speaks_as_the_preset_of_every_family_says(family: str) -> None:
+    preset = PRESETS[family]
+    model = ScriptedModel(["x"])
+    turn = turn_of("It is {dark}.", commands=("a b", "c"), env=_Family(family, preset.tag))
+    (_, system), (_, user) = said(model, Conversation(model, CHAT, 9).prompt_ids(turn))
+    assert system.startswith("The rules.")
+    assert preset.advice in system
+    assert not preset.reminder or f"<{preset.tag}>...</{preset.tag}>" in preset.reminder
+    assert f"<{preset.tag}>...</{preset.tag}>" in system
+    listed = preset.commands.format(commands=preset.separator.join(("a b", "c")))
+    assert user == preset.user.format(observation="It is {dark}.") + listed + preset.reminder
+
+
+def _made() -> list[str]:
+    """Return the first id of each family that is playable here."""
+    found: dict[str, str] = {}
+    for row in rows():
+        if row.family not in found and missing(row) is None:
+            found[row.family] = row.id
+    return list(found.values())
+
+
+@pytest.mark.parametrize("env_id", _made())
+def test_a_reply_in_the_format_that_a_preset_asks_for_is_one_that_its_family_reads(
+    env_id: str,
+) -> None:
+    env = make_env(env_id, reply_format="tags")
+    try:
+        assert env.reply_tag == PRESETS[env.family].tag
+        _, info = env.reset(seed=0)
+        commands = info["admissible_commands"] or ("1",)
+        reply = f"<think>It is so.</think>\n<{env.reply_tag}>{commands[0]}</{env.reply_tag}>"
+        assert not env.step(reply)[4]["format_error"]
+    finally:
+        env.close()
+
+
+def test_a_second_attempt_has_the_format_and_the_layout_of_the_first() -> None:
+    model = ScriptedModel(["x"])
+    turn = turn_of(commands=("a", "b"), env=_Family("alfworld", "action"))
+    told = replace(CHAT, system=f"{CHAT.system}\n\nLook for {{{{system}}}} and {{{{user}}}} first.")
+    first = said(model, Conversation(model, CHAT, 9).prompt_ids(turn))
+    second = said(model, Conversation(model, told, 9).prompt_ids(turn))
+    assert second[0][1] == f"{first[0][1]}\n\nLook for {{system}} and {{user}} first."
+    assert second[1:] == first[1:]
+
+
+@pytest.mark.parametrize(("history", "most"), [(None, 8), (3, 3), (-1, 11)])
+def test_the_history_is_the_familys_unless_one_is_asked_for(history: int | None, most: int) -> None:
+    agent = ZeroShot(ScriptedModel(["<action>up</action>"]), template="chat", history=history)
+    env = _Family("sokoban", "action")
+    seen = 0
+    for index in range(12):
+        [action] = agent.act([turn_of(f"room {index}", index, env=env)])
+        assert action.sample is not None
+        shown = said(agent.model, action.sample.prompt_ids)  # type: ignore[arg-type]
+        seen = max(seen, sum(role == "user" for role, _ in shown) - 1)
+    assert seen == most
 
 
 def test_the_compact_prompt_is_the_observation_and_the_commands_that_fit() -> None:

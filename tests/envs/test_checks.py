@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pz_envs import EnvError, Outcome, TextEnv, checks, find, missing
-from pz_envs.checks import RULES, _nothing_left, _Subject, check_env
+from pz_envs.checks import RULES, _nothing_left, _Subject, check_env, check_many
 from pz_envs.countdown.env import CountdownEnv
 
 _CALLS = itertools.count()
@@ -115,6 +115,17 @@ def test_a_factory_is_checked_but_for_other_processes(kwargs: dict[str, Any]) ->
 def test_a_broken_rule_is_named(broken: Any, rule: str) -> None:
     with pytest.raises(EnvError, match=f"breaks the rule `{rule}`"):
         check_env(broken)
+
+
+def test_several_are_checked_at_a_time_and_one_that_cannot_run_is_a_verdict() -> None:
+    ids = ("pz/Countdown-v0", "pz/Countdwn-v0", "pz/NumberLine-v0")
+    verdicts = {verdict.env_id: verdict for verdict in check_many(ids, jobs=2)}
+    assert set(verdicts) == set(ids)
+    report = verdicts["pz/Countdown-v0"].report
+    assert report is not None
+    assert report.passed == tuple(RULES)
+    assert verdicts["pz/Countdwn-v0"].report is None
+    assert "Did you mean `pz/Countdown-v0`" in verdicts["pz/Countdwn-v0"].problem
 
 
 def test_a_process_left_behind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

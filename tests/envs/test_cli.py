@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import pz_envs
+from pz_envs import catalog, datasets
+from pz_envs.cli import app
 from pz_envs.datasets import find_file
 
 
@@ -44,8 +49,9 @@ def test_list_says_what_is_playable_and_what_is_missing(nothing: dict[str, str])
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["pz/Countdown-v0", "countdown", "playable"]
-    without_data = [row for row in pz_envs.rows() if row.dataset is None]
-    assert lines[-1] == f"{len(without_data)} of {len(pz_envs.rows())} playable"
+    playable = {line.split()[0] for line in lines[:-1] if line.endswith(" playable")}
+    assert {row.id for row in pz_envs.rows() if row.dataset is None and not row.extra} <= playable
+    assert lines[-1] == f"{len(playable)} of {len(pz_envs.rows())} playable"
     assert any(line.startswith("pz/Zork1-v0") and "pz-envs data get" in line for line in lines)
 
 
@@ -81,33 +87,6 @@ def test_an_error_of_the_machine_is_one_line_and_exits_1(tmp_path: Path) -> None
     assert line.startswith("error: PZ_DATA is ")
 
 
-def test_play_steps_undoes_and_quits() -> None:
-    done = _run("play", "pz/Countdown-v0", "--seed", "3", typed="?\n:undo\n1+1\n2\n:undo\n:quit\n")
-    assert done.returncode == 0, done.stderr
-    shown = done.stdout.replace("> ", "").splitlines()
-    start = shown.index("no list of commands here") - 1
-    puzzle = shown[start]
-    assert puzzle.startswith("Numbers: ")
-    assert shown[start + 2 :] == [
-        "nothing to undo",
-        "It uses 1 1.",
-        "It is over.",
-        "the episode is over; :undo or :quit",
-        puzzle,
-        "score 0 of 1 after 0 steps",
-    ]
-
-
-def test_play_ends_with_the_input_and_tells_of_success() -> None:
-    from pz_envs import make_env
-
-    env = make_env("pz/Countdown-v0")
-    env.reset(seed=3)
-    done = _run("play", "pz/Countdown-v0", "--seed", "3", typed=f"{env.expert_action()}\n")
-    assert done.returncode == 0
-    assert "[reward +1; score 1 of 1]\nYou won." in done.stdout
-
-
 def test_play_says_how_to_get_a_missing_story(nothing: dict[str, str]) -> None:
     pytest.importorskip("jericho")
     done = _run("play", "pz/Detective-v0", **nothing)
@@ -123,28 +102,74 @@ def test_data_lists_and_shows_its_folder(nothing: dict[str, str]) -> None:
     assert _run("data", "path", **nothing).stdout.strip() == nothing["PZ_DATA"]
 
 
+def _doctor(**environment: str) -> tuple[int, dict[str, dict[str, str]]]:
+    done = _run("doctor", "--json", **environment)
+    return done.returncode, {row["name"]: row for row in json.loads(done.stdout)}
+
+
+def test_doctor_names_missing_data_and_missing_java_with_what_mends_them(
+    nothing: dict[str, str],
+) -> None:
+    _, found = _doctor(**nothing, PATH="", JAVA_HOME="")
+    assert found["java"]["state"] != "ok"
+    assert found["java"]["mend"] == "sudo apt-get install openjdk-17-jre-headless"
+    for name in datasets.DATASETS:
+        row = found[f"data {name}"]
+        assert row["state"] == "optional"
+        assert row["detail"].startswith("0 of ")
+        assert row["mend"] == f"pz-envs data get {name}"
+    assert found["play countdown"]["state"] == "ok"
+    lines = _run("doctor", **nothing, PATH="", JAVA_HOME="").stdout
+    assert "pz-envs data get countdown" in lines
+    assert "sudo apt-get install openjdk-17-jre-headless" in lines
+
+
 def test_doctor_fails_when_jericho_is_here_and_no_game_is(nothing: dict[str, str]) -> None:
     pytest.importorskip("jericho")
-    done = _run("doctor", **nothing)
-    assert done.returncode == 1
-    assert "MISSING  jericho games" in done.stdout
-    assert "pz-envs data get zork_mit" in done.stdout
+    code, found = _doctor(**nothing)
+    assert code == 1
+    assert found["play jericho"]["state"] == "missing"
+    assert "pz-envs data get" in found["play jericho"]["detail"]
+
+
+def test_doctor_names_a_data_root_that_is_no_folder(tmp_path: Path) -> None:
+    code, found = _doctor(PZ_DATA=str(tmp_path / "nowhere"))
+    assert code == 1
+    assert found["data"]["state"] == "missing"
+    assert found["data"]["mend"] == "unset PZ_DATA"
 
 
 @pytest.mark.data
 def test_doctor_is_content_without_a_compiler_when_a_game_is_here() -> None:
     if find_file("jericho", "detective.z5") is None:
         pytest.skip("the jericho data set is not here")
-    done = _run("doctor", PATH="")
-    assert done.returncode == 0, done.stdout
-    assert "-        gcc" in done.stdout
-    assert "apt-get install gcc" in done.stdout
+    _, found = _doctor(PATH="")
+    assert found["gcc"]["state"] == "optional"
+    assert "apt-get install gcc" in found["gcc"]["mend"]
+    if importlib.util.find_spec("jericho") is not None:
+        assert found["play jericho"]["state"] == "ok"
 
 
 def test_check_reports_rules_and_what_it_could_not_check(nothing: dict[str, str]) -> None:
-    done = _run("check", "pz/Countdown-v0", **nothing)
-    assert done.returncode == 0
-    assert "rules hold" in done.stdout
+    done = _run("check", "pz/Countdown-v0", "pz/NumberLine-v0", "-j", "2", **nothing)
+    assert done.returncode == 0, done.stdout
+    for env_id in ("pz/Countdown-v0", "pz/NumberLine-v0"):
+        assert re.search(rf"^{env_id}: \d+ rules hold", done.stdout, re.MULTILINE)
+    assert "2 ids hold, 0 failed, 0 are not here" in done.stdout
+    assert re.search(r"gymcards\D+1\D+0\D+0\D", done.stdout)
     done = _run("check", "pz/Detective-v0", **nothing)
     assert done.returncode == 1
-    assert "not checked" in done.stdout
+    assert "not here" in done.stdout
+
+
+def test_check_all_passes_over_what_is_not_here(
+    nothing: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in nothing.items():
+        monkeypatch.setenv(name, value)
+    some = (pz_envs.find("pz/NumberLine-v0"), pz_envs.find("pz/Detective-v0"))
+    monkeypatch.setattr(catalog, "rows", lambda: some)
+    done = CliRunner().invoke(app, ["check", "--all", "-j", "1"])
+    assert done.exit_code == 0, done.output
+    assert "pz/Detective-v0: not here. " in done.output
+    assert "1 ids hold, 0 failed, 1 are not here" in done.output

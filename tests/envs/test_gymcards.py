@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+import gymnasium
+import numpy as np
 import pytest
 from gymnasium.envs.toy_text import blackjack as reference
 
@@ -23,9 +25,10 @@ from pz_envs.gymcards.blackjack import (
 from pz_envs.gymcards.cards import Card, deal_ezpoints
 from pz_envs.gymcards.formula import BLANK, completion, value
 from pz_envs.gymcards.numberline import NumberLineEnv
+from pz_envs.gymcards.picture import _GLYPHS
 from pz_envs.gymcards.points import PointsEnv
 from pz_envs.seeding import generator
-from pz_envs.textenv import Info, TextEnv
+from pz_envs.textenv import Info, Outcome, TextEnv
 
 
 def _ezpoints() -> PointsEnv:
@@ -456,6 +459,74 @@ def test_admissible_commands_are_listed_unless_declined() -> None:
         BlackjackEnv(admissible_commands=False),
     ):
         assert env.reset(seed=0)[1]["admissible_commands"] is None
+
+
+# Pictures.
+
+_WHITE = (255, 255, 255)
+
+
+def _read(image: np.ndarray, top: int, left: int, count: int, ink: Sequence[int] = _WHITE) -> str:
+    """Return the characters whose dots stand in a line of a picture."""
+    known = {dots: character for character, dots in _GLYPHS.items()}
+    found = ""
+    for number in range(count):
+        x = left + 18 * number
+        cell = image[top : top + 21 : 3, x : x + 15 : 3]
+        lit = (cell == ink).all(axis=2)
+        rows = (sum(1 << (4 - bit) for bit in range(5) if row[bit]) for row in lit)
+        found += known["".join("0123456789ABCDEFGHIJKLMNOPQRSTUV"[row] for row in rows)]
+    return found
+
+
+def test_a_picture_shows_what_the_text_says() -> None:
+    env = NumberLineEnv(image=True)
+    _, info = env.reset(seed=0)
+    image = info["extra"]["image"]
+    assert (image.shape, image.dtype) == ((240, 320, 3), np.uint8)
+    assert _read(image, 8, 8, 8) == f"TARGET {info['extra']['target']}"
+    assert _read(image, 41, 8, 9) == f"CURRENT {info['extra']['current']}"
+    points = PointsEnv(image=True)
+    _, info = points.reset(seed=0)
+    assert _read(info["extra"]["image"], 10, 13, 1, (0, 0, 0)) == "Q"  # of clubs
+    sent = [str(info["extra"]["numbers"][0]), *"+-*/()+-*/()(((("]
+    for symbol in sent:
+        _, _, _, _, info = points.step(symbol)
+    line = "".join(sent)
+    assert _read(info["extra"]["image"], 92, 8, 16) == line[:16]
+    assert _read(info["extra"]["image"], 125, 8, len(line) - 16) == line[16:]
+
+
+def test_a_picture_hides_the_dealers_card_until_the_end() -> None:
+    env = BlackjackEnv(image=True)
+    env.reset(seed=3)
+    before = env._info(Outcome("", 0.0), format_error=False)["extra"]["image"]
+    hidden = env._dealer[1]
+    env._dealer = (env._dealer[0], Card((hidden.index + 20) % 52))
+    other = env._info(Outcome("", 0.0), format_error=False)["extra"]["image"]
+    assert (before == other).all()
+    over = Outcome("", 0.0, terminated=True)
+    assert (env._info(over, format_error=False)["extra"]["image"] != before).any()
+
+
+def test_pictures_obey_the_rules_and_come_back_with_a_snapshot() -> None:
+    def pictured() -> TextEnv:
+        return PointsEnv(deal="solvable", image=True)
+
+    assert "going back" in check_env(pictured).passed
+    assert "image" not in PointsEnv().reset(seed=0)[1]["extra"]
+
+
+def test_pictures_of_many_environments_stack() -> None:
+    env = gymnasium.make_vec("pz/NumberLine-v0", num_envs=3, processes=2, image=True)
+    try:
+        _, infos = env.reset(seed=0)
+        images = infos["extra"]["image"]
+        assert images.shape == (3, 240, 320, 3)
+        alone = NumberLineEnv(image=True).reset(seed=2)[1]["extra"]["image"]
+        assert (images[2] == alone).all()
+    finally:
+        env.close()
 
 
 @pytest.mark.parametrize(
