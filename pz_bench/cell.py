@@ -321,11 +321,25 @@ def _model_identity(model: str) -> str:
 
 @functools.cache
 def _data_identity(env_id: str) -> Mapping[str, str]:
-    """Return the md5 of the story that would be played here; empty where no data decide."""
+    """Return the hashes of the files that would be played from here; empty where none decide.
+
+    A story is known by its md5; questions and ALFWorld's games by the sha256 of each file that is
+    here (ALFWorld plays generated households where none is).
+    """
     from pz_envs.catalog import find
-    from pz_envs.datasets import DATASETS, find_story
+    from pz_envs.datasets import DATASETS, find_file, find_story
 
     row = find(env_id)
+    if row.family in ("math", "alfworld") and row.dataset is not None:
+        if row.family == "math":
+            from pz_envs.mathqa.sets import SETS
+
+            files = SETS[row.kwargs["dataset"]].files.values()
+            names = [name for choices in files for name in choices]
+        else:
+            names = [f"games_{split}.tar.xz" for split in ("train", "valid_seen", "valid_unseen")]
+        found = {name: find_file(row.dataset, name) for name in dict.fromkeys(names)}
+        return {name: sha256_file(path) for name, path in found.items() if path is not None}
     if row.family != "jericho":
         return {}
     from pz_envs.jericho.games import GAMES
@@ -356,11 +370,11 @@ def _source_hash(algorithm: str) -> str | None:
 
 @functools.cache
 def _versions(env_id: str, with_model: bool, trained: bool) -> tuple[tuple[str, str], ...]:
-    from pz_envs.catalog import find
+    from pz_envs.catalog import extra_module, find
 
     packages = ["pz-envs", "pz-agents", "pz-bench"]
     engine = find(env_id).extra
-    packages += [engine] if engine else []
+    packages += [extra_module(engine)] if engine else []
     packages += ["torch", "transformers"] if with_model else []
     packages += ["trl"] if trained else []
     return tuple((name, _version(name)) for name in packages)

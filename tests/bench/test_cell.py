@@ -153,3 +153,27 @@ def test_a_line_with_one_key_missing_is_broken():
     del values["score"]
     with pytest.raises(DataError):
         from_line(json.dumps(values))
+
+
+def test_other_questions_and_other_games_are_another_cell(monkeypatch, tmp_path):
+    from pz_bench.cell import _data_identity
+
+    def identifier(env):
+        _data_identity.cache_clear()
+        return CellSpec(algorithm="random", env=env).id
+
+    monkeypatch.setenv("PZ_DATA", str(tmp_path))
+    generated = identifier("pz/ALFWorld-v0")
+    (tmp_path / "alfworld").mkdir()
+    archive = tmp_path / "alfworld" / "games_valid_seen.tar.xz"
+    archive.write_bytes(b"some games")
+    published = identifier("pz/ALFWorld-v0")
+    archive.write_bytes(b"other games")
+    assert len({generated, published, identifier("pz/ALFWorld-v0")}) == 3
+    (tmp_path / "math").mkdir()
+    questions = tmp_path / "math" / "aime24.jsonl"
+    questions.write_text("one")
+    before = identifier("pz/AIME24-v0")
+    questions.write_text("two")
+    assert identifier("pz/AIME24-v0") != before
+    _data_identity.cache_clear()
