@@ -19,7 +19,7 @@ from torch.nn import functional
 from pz_agents.search.planner import Expansion, Leaves, Roots
 from pz_agents.search.tree import Floats
 from pz_agents.worldmodel import scalars
-from pz_agents.worldmodel.network import Block, WorldModel
+from pz_agents.worldmodel.network import Block, WorldModel, product_dtype
 from pz_agents.worldmodel.texts import Texts
 
 
@@ -49,7 +49,7 @@ class Imagination:
         nodes_per_tree: the planner's.
         branching: commands offered below the root.
         discount: a step's.
-        dtype: of weights, keys and values; bfloat16 is several times quicker.
+        dtype: of weights, keys and values; None is the one that is quick here.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Imagination:
         nodes_per_tree: int,
         branching: int = 20,
         discount: float = 0.997,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         settings = model.settings
         self._model, self._texts = model, texts
         self._window, self._width, self._heads = settings.window, settings.embed, settings.heads
         self._per_tree, self._branching, self._discount = nodes_per_tree, branching, discount
-        self._dtype = dtype
+        self._dtype = dtype = dtype or product_dtype()
         self._simnorm = settings.latent_norm == "simnorm"
         # Rows of slot s: a ring of the last `window` tokens, then two for every node but the root.
         self._per_slot = self._window + 2 * (nodes_per_tree - 1)
@@ -101,12 +101,30 @@ class Imagination:
         known = list(self._vocabulary)
         self._vocabulary = {}
         self._tokens, self._policy_keys = self._tokens[:0], self._policy_keys[:0]
-        self._learn_commands(known)
+        self.learn_commands(known)
         self._seen[:] = 0
+
+    @property
+    def commands(self) -> tuple[int, ...]:
+        """The numbers of all commands that it knows, in the order in which they came."""
+        return tuple(self._vocabulary)
 
     def forget(self, slots: Sequence[int]) -> None:
         """Begin new episodes in these slots."""
         self._seen[list(slots)] = 0
+
+    def learn_commands(self, commands: Sequence[int]) -> None:
+        """Embed those commands, by number, that may be offered below a root and are not yet."""
+        new = [each for each in dict.fromkeys(commands) if each not in self._vocabulary]
+        if not new:
+            return
+        with torch.inference_mode():
+            self._model.eval()
+            tokens = self._model.encode_actions(self._texts.bags(new))
+            keys = self._model.policy_keys(tokens)
+        self._vocabulary |= {command: len(self._tokens) + n for n, command in enumerate(new)}
+        self._tokens = torch.cat([self._tokens, tokens.to(self._dtype)])
+        self._policy_keys = torch.cat([self._policy_keys, keys.to(self._dtype)])
 
     @torch.inference_mode()
     def observe(
@@ -123,7 +141,7 @@ class Imagination:
         moved = np.array([action is not None for action in actions])
         if moved.any():
             played = [action for action in actions if action is not None]
-            self._learn_commands(played)
+            self.learn_commands(played)
             tokens = self._tokens[[self._vocabulary[action] for action in played]] + self._kind[1]
             self._append(at[moved], tokens)
         self._model.eval()
@@ -140,7 +158,7 @@ class Imagination:
             slots: [B] whose last observation is the root of tree b.
             lists: [B] numbers of the admissible commands.
         """
-        self._learn_commands([command for each in lists for command in each])
+        self.learn_commands([command for each in lists for command in each])
         self._trees = [int(slot) for slot in slots]
         self._lists = [
             np.array([self._vocabulary[command] for command in each], np.int64) for each in lists
@@ -151,8 +169,8 @@ class Imagination:
         for tree, offered in enumerate(self._lists):
             logits = self._policy_keys[offered] @ query[tree] / self._width**0.5
             policies.append(logits.double().softmax(0).numpy())
-        for tree, slot in enumerate(self._trees):
-            self._windows[tree * self._per_tree] = self._context(slot)
+        trees = np.arange(len(self._trees)) * self._per_tree
+        self._windows[trees] = self._contexts(np.array(self._trees, np.int64))
         return Roots.join(policies, values), policies
 
     @torch.inference_mode()
@@ -191,14 +209,15 @@ class Imagination:
     def _append(self, slots: np.ndarray, tokens: torch.Tensor) -> torch.Tensor:
         """Put one token into each slot's ring and return what is known after it: [M, E]."""
         self._seen[slots] += 1
-        windows = np.stack([self._context(int(slot)) for slot in slots])
-        return self._token(tokens, windows)
+        return self._token(tokens, self._contexts(slots))
 
-    def _context(self, slot: int) -> np.ndarray:
-        """Return the row numbers of a slot's last tokens, the newest last, -1 before the first."""
-        newest = self._seen[slot] - 1
-        places = np.arange(newest - self._window + 1, newest + 1)
-        rows = slot * self._per_slot + places % self._window
+    def _contexts(self, slots: np.ndarray) -> np.ndarray:
+        """Return the row numbers of each slot's last tokens: [M, window], the newest last.
+
+        Where a token would be from before the episode, it is -1.
+        """
+        places = self._seen[slots][:, None] + np.arange(-self._window, 0)
+        rows = slots[:, None] * self._per_slot + places % self._window
         return np.where(places < 0, -1, rows)
 
     def _token(self, tokens: torch.Tensor, windows: np.ndarray) -> torch.Tensor:
@@ -214,7 +233,7 @@ class Imagination:
         absent = torch.from_numpy(windows < 0)[:, None, :]
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             hidden = functional.layer_norm(tokens, (self._width,), *layer.attention_norm)
-            states = functional.linear(hidden, *layer.query_key_value)
+            states = _product(hidden, *layer.query_key_value)
             query, key, value = states.chunk(3, dim=-1)
             keys.index_copy_(0, own, key)
             values.index_copy_(0, own, value)
@@ -226,10 +245,10 @@ class Imagination:
             scores = scores * query.shape[2] ** -0.5 + layer.bias
             shares = scores.masked_fill(absent, -torch.inf).softmax(-1).to(self._dtype)
             mixed = (shares.unsqueeze(2) @ seen_values.transpose(1, 2)).reshape(size, self._width)
-            tokens = tokens + functional.linear(mixed, *layer.project)
+            tokens = tokens + _product(mixed, *layer.project)
             hidden = functional.layer_norm(tokens, (self._width,), *layer.mlp_norm)
-            hidden = functional.gelu(functional.linear(hidden, *layer.expand), approximate="tanh")
-            tokens = tokens + functional.linear(hidden, *layer.contract)
+            hidden = functional.gelu(_product(hidden, *layer.expand), approximate="tanh")
+            tokens = tokens + _product(hidden, *layer.contract)
         return functional.layer_norm(tokens, (self._width,), *self._final_norm)
 
     def _read(
@@ -237,25 +256,12 @@ class Imagination:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the outputs of two heads whose first layers are one product."""
         weight, bias, one, one_bias, other, other_bias = heads
-        hidden = functional.gelu(functional.linear(known, weight, bias), approximate="tanh")
+        hidden = functional.gelu(_product(known, weight, bias), approximate="tanh")
         left, right = hidden.chunk(2, dim=-1)
-        return functional.linear(left, one, one_bias), functional.linear(right, other, other_bias)
+        return _product(left, one, one_bias), _product(right, other, other_bias)
 
     def _normalise(self, latents: torch.Tensor) -> torch.Tensor:
         return self._model.normalise(latents)
-
-    def _learn_commands(self, commands: Sequence[int]) -> None:
-        """Embed commands that the vocabulary does not have yet."""
-        new = [each for each in dict.fromkeys(commands) if each not in self._vocabulary]
-        if not new:
-            return
-        with torch.inference_mode():
-            self._model.eval()
-            tokens = self._model.encode_actions(self._texts.bags(new))
-            keys = self._model.policy_keys(tokens)
-        self._vocabulary |= {command: len(self._tokens) + n for n, command in enumerate(new)}
-        self._tokens = torch.cat([self._tokens, tokens.to(self._dtype)])
-        self._policy_keys = torch.cat([self._policy_keys, keys.to(self._dtype)])
 
     def _layer(self, block: Block) -> _Layer:
         # The bias of distance d, window entries being ordered from the oldest to the newest.
@@ -272,10 +278,16 @@ class Imagination:
 
     def _pair(self, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = (parameter.detach().to(self._dtype) for parameter in module.parameters())
-        return weight, bias
+        # Rows of inputs: one row times such a matrix is half as quick again as the other way round.
+        return weight.t().contiguous(), bias
 
     def _heads_of(self, pair: tuple[torch.nn.Sequential, ...]) -> tuple[torch.Tensor, ...]:
         firsts = [self._pair(head[0]) for head in pair]
-        weight = torch.cat([first[0] for first in firsts])
+        weight = torch.cat([first[0] for first in firsts], dim=1)
         bias = torch.cat([first[1] for first in firsts])
         return (weight, bias, *self._pair(pair[0][-1]), *self._pair(pair[1][-1]))
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return rows times weight plus bias: [M, I], [I, O] and [O] to [M, O]."""
+    return torch.addmm(bias, rows, weight)

@@ -1,8 +1,9 @@
 """One update of the world model: draw, lose, step, follow.
 
 AdamW with weight decay on matrices only, gradient norm clipped, and a target network that follows
-by an exponential mean after every update. Products run in bfloat16 where asked for; weights, sums
-and losses stay in float32. Numbers that come before a collapse are watched, and named.
+by an exponential mean after every update. Products run in bfloat16 where the machine is quick at
+it; weights, sums and losses stay in float32. Numbers that come before a collapse are watched, and
+named.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from pz_agents.config import Settings
 from pz_agents.worldmodel.losses import Batch, LossSettings, loss
-from pz_agents.worldmodel.network import WorldModel
+from pz_agents.worldmodel.network import WorldModel, product_dtype
 from pz_agents.worldmodel.replay import Replay
 from pz_envs.errors import DataError
 from pz_envs.files import write_atomic
@@ -51,8 +52,8 @@ class LearnerSettings(Settings):
     batch_windows: int = Field(default=64, ge=1)
     """Windows an update."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of matrix products while learning."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of matrix products while learning; ``auto`` is bf16 where the machine is quick at it."""
 
     loss: LossSettings = LossSettings()
     """Weights and horizons of the loss."""
@@ -74,6 +75,7 @@ class WorldModelLearner:
             ],
             lr=self.settings.learning_rate,
             betas=(0.9, 0.95),
+            fused=True,
         )
         self.updates = 0
 
@@ -93,8 +95,11 @@ class WorldModelLearner:
             beyond ``ALARMS``), and the windows' priorities.
         """
         self.model.train()
+        device = batch.rewards.device.type
         bf16 = self.settings.precision == "bf16"
-        with torch.autocast(batch.rewards.device.type, torch.bfloat16, enabled=bf16):
+        if self.settings.precision == "auto":
+            bf16 = product_dtype(device) is torch.bfloat16
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             learned = loss(self.model, self.target, batch, self.settings.loss)
         self.optimizer.zero_grad(set_to_none=True)
         learned.loss.backward()  # type: ignore[no-untyped-call]

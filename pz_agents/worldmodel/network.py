@@ -195,6 +195,19 @@ class WorldModel(nn.Module):
         return out
 
 
+def product_dtype(device: str = "cpu") -> torch.dtype:
+    """Return the type in which matrix products are quick: bfloat16 where the machine has it.
+
+    A CPU without bfloat16 instructions emulates them, ten times slower than float32.
+    """
+    quick = (
+        torch.cuda.is_bf16_supported()
+        if device == "cuda"
+        else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.bfloat16 if quick else torch.float32
+
+
 def _mlp(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, width), nn.GELU(approximate="tanh"), nn.Linear(width, out)

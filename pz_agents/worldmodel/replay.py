@@ -8,9 +8,11 @@ how much it weighs (Schaul et al. 2016): P(i) ~ p_i^alpha, w_i ~ (N P(i))^-beta 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +107,52 @@ class Replay:
             size -= len(self._segments.popleft().actions)
             self._priorities.popleft()
             self._forgotten += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return everything that is remembered, as flat tensors."""
+        segments = self._segments
+
+        def flat(values: Iterable[Iterable[float]], kind: type) -> torch.Tensor:
+            return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(values), kind))
+
+        return {
+            "steps": torch.tensor([len(each.actions) for each in segments], dtype=torch.int64),
+            "terminated": torch.tensor([each.terminated for each in segments], dtype=torch.bool),
+            "weights": torch.tensor([each.weight for each in segments], dtype=torch.float64),
+            "observations": flat((each.observations for each in segments), np.int64),
+            "actions": flat((each.actions for each in segments), np.int64),
+            "rewards": flat((each.rewards for each in segments), np.float64),
+            "counts": flat((map(len, each.lists) for each in segments), np.int64),
+            "lists": flat((listed for each in segments for listed in each.lists), np.int64),
+            "visits": flat((shares for each in segments for shares in each.visits), np.float64),
+            "priorities": flat(self._priorities, np.float64),
+            "forgotten": torch.tensor(self._forgotten),
+        }
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Remember what ``state`` returned, and nothing else."""
+        self._segments.clear()
+        self._priorities.clear()
+        numbers = {name: iter(value.tolist()) for name, value in state.items() if value.ndim}
+
+        def take(name: str, count: int) -> tuple[Any, ...]:
+            return tuple(itertools.islice(numbers[name], count))
+
+        for steps in state["steps"].tolist():
+            counts = take("counts", steps)
+            self._segments.append(
+                Segment(
+                    observations=take("observations", steps + 1),
+                    actions=take("actions", steps),
+                    rewards=take("rewards", steps),
+                    lists=tuple(take("lists", count) for count in counts),
+                    visits=tuple(np.array(take("visits", count)) for count in counts),
+                    terminated=take("terminated", 1)[0],
+                    weight=take("weights", 1)[0],
+                )
+            )
+            self._priorities.append(np.array(take("priorities", steps)))
+        self._forgotten = int(state["forgotten"])
 
     def probabilities(self) -> NDArray[np.float64]:
         """Return the chance of each window: [steps], in the order in which they came."""
