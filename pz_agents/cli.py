@@ -96,7 +96,9 @@ def train(
 
     Settings come from presets, over them the file, over it the flags, and --set over all.
     """
+    from pz_agents.algorithms import load_trainer
     from pz_agents.training.settings import resolved
+    from pz_envs.errors import ConfigError
 
     named = {
         "preset": preset,
@@ -110,9 +112,13 @@ def train(
     for assignment in settings:
         _assign(flags, assignment)
     chosen, folder = _train_settings(config, flags, out)
+    trainer = load_trainer(chosen.algorithm)
     if print_config:
-        print(json.dumps(resolved(chosen), indent=1))
+        values = chosen.model_dump(mode="json") if trainer else resolved(chosen)
+        print(json.dumps(values, indent=1))
         return
+    if trainer and mode is not Mode.both:
+        raise ConfigError(f"--mode {mode.value} is for language models; leave it out")
     with _interruptible():
         if mode is Mode.bench:
             _bench(chosen, folder)
@@ -129,6 +135,7 @@ def _train_settings(
 
     Without a file or flags they are those that the run in ``out`` began with.
     """
+    from pz_agents.algorithms import load_trainer
     from pz_agents.config import parse_settings
     from pz_agents.training.modes import read_settings
     from pz_agents.training.presets import read_config, resolve
@@ -141,6 +148,10 @@ def _train_settings(
     file = read_config(config) if config else {}
     folder = file.pop("out", None)
     source = str(config) if config else "train"
+    trainer = load_trainer(str({**file, **flags}.get("algorithm", "")))
+    if trainer:
+        given = parse_settings(trainer.Settings, {**file, **flags}, source)
+        return given, out or Path(folder or _default_folder(given))
     chosen = parse_settings(TrainSettings, resolve(file, flags), source)
     return chosen, out or Path(folder or _default_folder(chosen))
 
@@ -148,8 +159,8 @@ def _train_settings(
 def _default_folder(settings: Any) -> str:
     """Return a folder that names the run: its algorithm, environment, model and seed."""
     env = settings.env.rpartition("/")[2]
-    model = Path(settings.model).name
-    return f"runs/{settings.algorithm}-{env}-{model}-s{settings.seed}"
+    model = f"-{Path(settings.model).name}" if hasattr(settings, "model") else ""
+    return f"runs/{settings.algorithm}-{env}{model}-s{settings.seed}"
 
 
 def _bench(settings: Any, folder: Path) -> None:
@@ -179,9 +190,14 @@ def _train_with_progress(settings: Any, out: Path, mode: Mode, resume: str) -> P
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from pz_agents.algorithms import load_trainer
     from pz_agents.training.modes import train_both, train_only
 
+    trainer = load_trainer(settings.algorithm)
     run = train_only if mode is Mode.train else train_both
+    describe = _line
+    if trainer:
+        run, describe = trainer.train, trainer.progress_line
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -194,7 +210,7 @@ def _train_with_progress(settings: Any, out: Path, mode: Mode, resume: str) -> P
         task = progress.add_task(settings.algorithm, total=settings.steps, line="")
 
         def on_progress(step: int, total: int, metrics: Mapping[str, float]) -> None:
-            line = _line(metrics)
+            line = describe(metrics)
             progress.update(task, completed=step, line=line)
             if not console.is_terminal:
                 console.print(f"step {step}/{total} | {line}", highlight=False, soft_wrap=True)
@@ -302,12 +318,12 @@ def models() -> None:
 @app.command()
 def agents() -> None:
     """List the agents that --agent takes, and the training algorithms."""
-    from pz_agents.algorithms import ALGORITHMS
+    from pz_agents.algorithms import ALGORITHMS, TRAINERS
     from pz_agents.sdk.loading import BUILT_IN, agent_names
 
     for name in agent_names():
         print(f"{name:<16} {BUILT_IN.get(name, 'installed')}")
-    for name, place in ALGORITHMS.items():
+    for name, place in {**ALGORITHMS, **TRAINERS}.items():
         print(f"{name:<16} {place} (train)")
     print("or your own: package.module:Name, path/file.py:Name")
 

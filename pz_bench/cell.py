@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -26,9 +26,6 @@ from pz_agents.sdk.types import Ids, Step, Trajectory
 from pz_envs.errors import ConfigError, DataError, did_you_mean
 from pz_envs.files import sha256_file
 from pz_envs.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from pz_agents.training.settings import TrainSettings
 
 Status = Literal["done", "partial", "failed", "not_run"]
 Identity = Mapping[str, Any]
@@ -252,10 +249,12 @@ def identity(spec: CellSpec) -> dict[str, Any]:
     settings = spec.model_dump(mode="json")
     settings["algorithm"] = spec.player
     if is_trained(spec.algorithm):
-        from pz_agents.training.settings import FREE_TO_CHANGE
+        from pz_agents.algorithms import load_trainer
+        from pz_agents.training import settings as training_defaults
 
+        free = (load_trainer(spec.algorithm) or training_defaults).FREE_TO_CHANGE
         training = training_settings(spec).model_dump(mode="json")
-        settings["train"] = {k: v for k, v in training.items() if k not in FREE_TO_CHANGE}
+        settings["train"] = {k: v for k, v in training.items() if k not in free}
     return {
         "spec": settings,
         "model": None if spec.model is None else _model_identity(spec.model),
@@ -270,26 +269,33 @@ def is_trained(algorithm: str) -> bool:
     return algorithm in _trained_names()
 
 
-def training_settings(spec: CellSpec) -> TrainSettings:
+def training_settings(spec: CellSpec) -> Any:
     """Return how a trained cell is trained: ``spec.train`` over what the cell itself decides.
 
     Raises:
         ConfigError: ``spec.train`` has an unknown or wrong setting, or one the cell decides.
     """
+    from pz_agents.algorithms import load_trainer
     from pz_agents.training.settings import TrainSettings
 
-    decided = {"algorithm": spec.algorithm, "env": spec.env, "model": spec.model, "seed": spec.seed}
+    trainer = load_trainer(spec.algorithm)
+    decided: dict[str, Any] = {"algorithm": spec.algorithm, "env": spec.env, "seed": spec.seed}
+    if trainer is None:
+        decided["model"] = spec.model
     for key in decided.keys() & spec.train.keys():
         raise ConfigError(f"{spec.title}: `train.{key}` is the cell's own; set it in the row")
     values = {"env_kwargs": spec.env_kwargs, **spec.train, **decided}
-    return parse_settings(TrainSettings, values, f"{spec.title}: train")
+    return parse_settings(
+        trainer.Settings if trainer else TrainSettings, values, f"{spec.title}: train"
+    )
 
 
 def uses_model(algorithm: str) -> bool:
     """Return whether ``algorithm`` plays with a language model."""
+    from pz_agents.algorithms import TRAINERS
     from pz_agents.sdk.loading import needs_model
 
-    return is_trained(algorithm) or needs_model(algorithm)
+    return algorithm not in TRAINERS and (is_trained(algorithm) or needs_model(algorithm))
 
 
 def check_algorithm(algorithm: str) -> None:
@@ -307,9 +313,9 @@ def check_algorithm(algorithm: str) -> None:
 
 @functools.cache
 def _trained_names() -> tuple[str, ...]:
-    from pz_agents.algorithms import ALGORITHMS
+    from pz_agents.algorithms import ALGORITHMS, TRAINERS
 
-    return tuple(ALGORITHMS)
+    return (*ALGORITHMS, *TRAINERS)
 
 
 @functools.cache

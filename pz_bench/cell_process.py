@@ -114,11 +114,16 @@ def _player(spec: CellSpec, folder: Path, progress: Progress) -> tuple[Agent, La
     from pz_agents.sdk.loading import load_agent
 
     if is_trained(spec.algorithm):
+        from pz_agents.algorithms import load_trainer
         from pz_agents.training.run import train
 
         def on_step(step: int, steps: int, metrics: Mapping[str, float]) -> None:
             progress("train", step, steps)
 
+        trainer = load_trainer(spec.algorithm)
+        if trainer is not None:
+            policy = trainer.train(training_settings(spec), folder / "train", on_progress=on_step)
+            return trainer.player(policy, **spec.agent_kwargs), None
         policy = train(training_settings(spec), folder / "train", on_progress=on_step)
         model = _load_model(str(policy))
         return load_agent("zeroshot", model=model, kwargs=spec.agent_kwargs), model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pz_agents.config import Settings
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pz_agents.rollout.programs import Program
     from pz_agents.sdk.types import Trajectory
 
-__all__ = ["ALGORITHMS", "Algorithm", "Credit", "load_algorithm"]
+__all__ = ["ALGORITHMS", "TRAINERS", "Algorithm", "Credit", "load_algorithm", "load_trainer"]
 
 ALGORITHMS: Mapping[str, str] = {
     "grpo": "pz_agents.algorithms.grpo:GRPO",
@@ -37,6 +38,12 @@ ALGORITHMS: Mapping[str, str] = {
     "cispo": "pz_agents.algorithms.variants:CISPO",
 }
 """Name of each algorithm and where its ``Algorithm`` is."""
+
+TRAINERS: Mapping[str, str] = {
+    "unizero": "pz_agents.priorzero.run",
+}
+"""Name of each algorithm that trains no language model, and the module with its ``Settings``,
+``FREE_TO_CHANGE``, ``train``, ``player`` and ``progress_line``."""
 
 
 class Credit(NamedTuple):
@@ -68,8 +75,14 @@ def load_algorithm(name: str) -> Algorithm:
         ConfigError: there is none of that name; the message has the nearest.
     """
     if name not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
-        raise ConfigError(f"No algorithm `{name}`.{did_you_mean(name, ALGORITHMS)} Known: {known}")
+        names = (*ALGORITHMS, *TRAINERS)
+        known = ", ".join(names)
+        raise ConfigError(f"No algorithm `{name}`.{did_you_mean(name, names)} Known: {known}")
     module, attribute = ALGORITHMS[name].split(":")
     algorithm: Algorithm = getattr(importlib.import_module(module), attribute)
     return algorithm
+
+
+def load_trainer(name: str) -> ModuleType | None:
+    """Return the module of a trainer in ``TRAINERS``; None for any other name."""
+    return importlib.import_module(TRAINERS[name]) if name in TRAINERS else None

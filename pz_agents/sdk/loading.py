@@ -33,6 +33,7 @@ BUILT_IN: Mapping[str, str] = {
     "zeroshot": "pz_agents.prompting.agents:ZeroShot",
     "best-of-n": "pz_agents.prompting.agents:BestOfN",
     "mcts": "pz_agents.search.agent:MctsAgent",
+    "unizero": "pz_agents.priorzero.agent:UniZeroAgent",
     "webshop-rule": "pz_envs.webshop.expert:rule_agent",
 }
 """Agents that come with the package."""

@@ -86,7 +86,7 @@ def write_folder(
             for path in files
         },
         "score": score,
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+        "versions": {name: _version(name) for name in _VERSIONS_OF},
     }
     write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
     if durable:
@@ -299,3 +299,11 @@ def _free_name(path: Path) -> Path:
 def _fsync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _version(package: str) -> str:
+    """Return a package's version; UniZero is trained without trl."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pz_agents.algorithms import load_trainer
 from pz_agents.config import parse_settings
 from pz_agents.rollout import ExperienceStore
 from pz_agents.training import checkpoint
@@ -43,13 +44,15 @@ _CHILD = (
 _logger = logging.getLogger(__name__)
 
 
-def read_settings(folder: Path) -> TrainSettings | None:
+def read_settings(folder: Path) -> Any:
     """Return the settings that the run in ``folder`` was started with; None before it was."""
     path = folder / "config.json"
     if not path.is_file():
         return None
     values = json.loads(path.read_text("utf-8"))
-    return parse_settings(TrainSettings, {**values, "preset": ""}, str(path))
+    trainer = load_trainer(values.get("algorithm", ""))
+    kind = trainer.Settings if trainer else TrainSettings
+    return parse_settings(kind, {**values, "preset": ""}, str(path))
 
 
 def train_both(
