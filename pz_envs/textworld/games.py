@@ -179,7 +179,7 @@ def prepare(spec: Mapping[str, Any]) -> Path:
             if not _is_whole(path):
                 # A pool of environments asks for many games at once: build as many as cores.
                 slot = int(path.stem[-8:], 16) % (os.cpu_count() or 1)
-                with _locked(path.with_name(f"building-{slot}"), keep=True):
+                with _locked(path.parent.with_name(f"textworld-building-{slot}"), keep=True):
                     write_atomic(path, build(spec))
     return path
 
