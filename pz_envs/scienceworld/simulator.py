@@ -168,10 +168,9 @@ class Simulator:
                 ) from None
             except OSError:
                 raise jvm.lost(f"died during `{what}`") from None
-            except Exception:
-                raise
-            except BaseException:
-                jvm.lost("was interrupted")  # an answer may be under way: nothing to go on with
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    jvm.lost("was interrupted")  # an answer may be under way: nothing to go on with
                 raise
 
 

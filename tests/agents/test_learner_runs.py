@@ -11,11 +11,8 @@ import torch
 
 pytest.importorskip("trl", reason="needs pz-agents[train]")
 
-from transformers import Qwen2ForCausalLM
 
 from pz_agents.models import load_model
-from pz_agents.models.recipe import Recipe
-from pz_agents.models.tiny import tiny_config, tiny_tokenizer
 from pz_agents.training.monitors import read_metrics
 from pz_agents.training.run import TrainSettings, train
 from pz_envs.textenv import Outcome, TextEnv
@@ -44,16 +41,6 @@ def _toy_env_and_one_thread(monkeypatch):
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def micro(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("micro") / "model"
-    torch.manual_seed(0)
-    recipe = Recipe(layers=1, hidden=32, key_value_heads=1, feed_forward=32, context=128)
-    Qwen2ForCausalLM(tiny_config(recipe)).save_pretrained(folder)
-    tiny_tokenizer(recipe.context).save_pretrained(folder)
-    return folder
 
 
 def settings(model: Path, **changes: Any) -> TrainSettings:
