@@ -1,7 +1,8 @@
-"""The command line ``pz-agents``: train, eval, models, agents.
+"""The command line ``pz-agents``: train, eval, serve, models, agents.
 
 Anything heavy is imported inside the command that needs it, so that ``--help`` stays quick. An
-error that pz raises on purpose is one line on standard error: exit 2 for wrong usage, else 1;
+error that pz raises on purpose is one line on standard error: exit 2 for wrong usage, 3 for a
+demanded engine that is not installed, 4 when so many episodes failed that the run stopped, else 1;
 Ctrl-C exits 130 and the same command goes on.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import enum
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,12 +40,14 @@ def main() -> None:
         app(prog_name="pz-agents")
     except Exception as error:
         # The process boundary; pz_envs.errors brings gymnasium, too slow for `--help`.
+        from pz_agents.errors import EngineMissing, FailureBudgetError
         from pz_envs.errors import ConfigError, PzError
 
         if not isinstance(error, PzError):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        codes = {ConfigError: 2, EngineMissing: 3, FailureBudgetError: 4}
+        sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
 
 
 @contextlib.contextmanager
@@ -64,6 +68,13 @@ class Mode(enum.StrEnum):
     bench = "bench"
 
 
+class Goal(enum.StrEnum):
+    """Which values of a metric are better."""
+
+    max = "max"
+    min = "min"
+
+
 @app.command()
 def train(
     out: Annotated[
@@ -77,6 +88,10 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="Presets to begin with, e.g. quick,gpu; or none.")
     ] = None,
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="FILE", help="A .jsonl or .parquet file to train on; repeatable."),
+    ] = [],  # noqa: B006
     config: Annotated[
         Path | None, typer.Option(help="A .toml, .yaml or .json file of settings.")
     ] = None,
@@ -85,6 +100,13 @@ def train(
         Mode,
         typer.Option(help="explore: only play; train: only learn; bench: evaluate checkpoints."),
     ] = Mode.both,
+    runtime: Annotated[
+        str | None,
+        typer.Option(metavar="local|ray|ray:ADDRESS", help="Where workers and engines live."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that play; 0: this one does.")
+    ] = None,
     resume: Annotated[
         str, typer.Option(metavar="auto|never|must|PATH", help="Where to go on from.")
     ] = "auto",
@@ -107,8 +129,12 @@ def train(
         "model": model,
         "steps": steps,
         "seed": seed,
+        "runtime": runtime,
+        "workers": workers,
     }
     flags: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    if data:
+        flags["datasets"] = [{"path": path} for path in data]
     for assignment in settings:
         _assign(flags, assignment)
     chosen, folder = _train_settings(config, flags, out)
@@ -125,7 +151,10 @@ def train(
         elif mode is Mode.explore:
             _explore(chosen, folder)
         else:
-            print(f"policy: {_train_with_progress(chosen, folder, mode, resume)}")
+            policy = _train_with_progress(chosen, folder, mode, resume)
+            if trainer and (line := trainer.last_evaluation(folder)):
+                print(line)
+            print(f"policy: {policy}")
 
 
 def _train_settings(
@@ -195,6 +224,9 @@ def _train_with_progress(settings: Any, out: Path, mode: Mode, resume: str) -> P
 
     trainer = load_trainer(settings.algorithm)
     run = train_only if mode is Mode.train else train_both
+    asked = resume == "auto" and sys.stdin.isatty() and sys.stderr.isatty()
+    if asked and _begins_anew(out, settings.steps):
+        resume = "never"
     describe = _line
     if trainer:
         run, describe = trainer.train, trainer.progress_line
@@ -211,9 +243,14 @@ def _train_with_progress(settings: Any, out: Path, mode: Mode, resume: str) -> P
 
         def on_progress(step: int, total: int, metrics: Mapping[str, float]) -> None:
             line = describe(metrics)
-            progress.update(task, completed=step, line=line)
+            epoch = ""
+            if "epoch" in metrics:
+                last = math.ceil(metrics["epoch"] * total / step)
+                epoch = f"Epoch {math.ceil(metrics['epoch'])}/{last} | "
+            progress.update(task, completed=step, line=epoch + line)
             if not console.is_terminal:
-                console.print(f"step {step}/{total} | {line}", highlight=False, soft_wrap=True)
+                told = f"{epoch}step {step}/{total} | {line}"
+                console.print(told, highlight=False, soft_wrap=True)
 
         try:
             return run(settings, out, resume=resume, on_progress=on_progress)
@@ -222,8 +259,20 @@ def _train_with_progress(settings: Any, out: Path, mode: Mode, resume: str) -> P
             raise
 
 
+def _begins_anew(out: Path, steps: int) -> bool:
+    """Ask whether to go on from the newest checkpoint, if any is left to do; True: begin anew."""
+    from pz_agents.training.checkpoint import step_of, steps_in
+
+    found = steps_in(out / "checkpoints")
+    if not found or step_of(found[0]) >= steps:
+        return False
+    return not typer.confirm(f"Resume from step {step_of(found[0])}?", default=True, err=True)
+
+
 def _line(metrics: Mapping[str, float]) -> str:
     speed = metrics["sampled_tokens"] / max(metrics["seconds"], 1e-9)
+    if "value_loss" in metrics:
+        return _ppo_line(metrics, speed)
     parts = [
         f"reward {metrics['reward']:.3f} success {metrics['success']:.3f}",
         f"usable {metrics['usable_groups']:.0f}/{metrics['groups']:.0f}",
@@ -231,6 +280,70 @@ def _line(metrics: Mapping[str, float]) -> str:
     ]
     if metrics["stale_groups"]:
         parts.insert(2, f"stale {metrics['stale_groups']:.0f}")
+    if "eval_success" in metrics:
+        parts.append(f"eval {metrics['eval_success']:.3f}")
+    return " ".join(parts)
+
+
+@app.command()
+def tune(
+    search: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=KIND(ARGS)",
+            help="A range, e.g. learning_rate=loguniform(1e-6,1e-3); also uniform, randint, "
+            "lograndint, choice, grid.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the search; resumed if there.")],
+    trials: Annotated[int, typer.Option(help="Trials, for each point of a grid.", min=1)] = 8,
+    metric: Annotated[
+        str, typer.Option(help="A name in metrics.jsonl, e.g. eval_success.")
+    ] = "mean_reward",
+    mode: Annotated[Goal, typer.Option(help="Whether more of it is better.")] = Goal.max,
+    ray: Annotated[
+        str, typer.Option(metavar="local|auto|ADDRESS", help="A Ray of its own, or a cluster.")
+    ] = "local",
+    concurrent: Annotated[int, typer.Option(help="Trials at once; 0: no limit.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", min=0)] = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="A .toml, .yaml or .json file of settings.")
+    ] = None,
+    settings: Assignments = [],  # noqa: B006
+) -> None:
+    """Search over training settings with Ray Tune; --config and --set say what all trials share."""
+    from pz_agents.runtime import ray_runtime
+    from pz_agents.training.presets import read_config, resolve
+    from pz_agents.tune import TABLE, parse_draw, table
+    from pz_agents.tune import tune as run_search
+
+    flags: dict[str, Any] = {}
+    for assignment in settings:
+        _assign(flags, assignment)
+    found = run_search(
+        resolve(read_config(config) if config else {}, flags),
+        dict(map(parse_draw, search)),
+        out,
+        trials=trials,
+        metric=metric,
+        mode=mode.value,
+        runtime=ray_runtime(ray),
+        concurrent=concurrent,
+        seed=seed,
+    )
+    print(table(found, metric), end="")
+    print(f"table: {out / TABLE}")
+    if any(trial.error for trial in found):
+        raise typer.Exit(1)
+
+
+def _ppo_line(metrics: Mapping[str, float], speed: float) -> str:
+    """Policy loss, value loss, reward, advantage, entropy and learning rate."""
+    parts = [
+        f"PL {metrics['loss']:.4f} VL {metrics['value_loss']:.4f} R {metrics['reward']:.3f}",
+        f"A {metrics['advantage']:.3f} E {metrics['entropy']:.3f}",
+        f"LR {metrics['learning_rate']:.2e} | {speed:.0f} tok/s",
+    ]
     if "eval_success" in metrics:
         parts.append(f"eval {metrics['eval_success']:.3f}")
     return " ".join(parts)
@@ -303,11 +416,39 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="See `pz-agents models`.")] = "tiny",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; whoever can reach it can use the model.")
+    ] = "127.0.0.1",
+    key: Annotated[
+        str | None, typer.Option(envvar="PZ_API_KEY", help="The API key that is demanded.")
+    ] = None,
+) -> None:
+    """Serve a model over the OpenAI API until Ctrl-C."""
+    import signal
+    import threading
+
+    from pz_agents.models import load_model
+    from pz_agents.serving import ModelServer
+
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with ModelServer(load_model(model), host=host, port=port, key=key) as server:
+        print(f"serving {model} at {server.url} (Ctrl-C ends it)", flush=True)
+        ended.wait()
+
+
+@app.command()
 def models() -> None:
     """List the forms that --model takes."""
     rows = {
         "tiny": "a model of under 1 M parameters, built and cached at first use; for trying things",
         "PATH": "a folder written by transformers' save_pretrained, or by `pz-agents train`",
+        "vllm:MODEL": "one of the two above, served by vLLM in this process",
+        "supervised:MODEL": "any of these in a process of its own, restarted when it dies",
         "openai:NAME@URL": "a model behind an OpenAI-compatible server, e.g. vLLM; not trainable",
         "scripted:A|B": "says A, then B, and again; for tests",
     }
@@ -325,7 +466,7 @@ def agents() -> None:
         print(f"{name:<16} {BUILT_IN.get(name, 'installed')}")
     for name, place in {**ALGORITHMS, **TRAINERS}.items():
         print(f"{name:<16} {place} (train)")
-    print("or your own: package.module:Name, path/file.py:Name")
+    print("or your own: package.module:Name, path/file.py:Name, external:COMMAND")
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pz_envs.errors import PzError
+from pz_envs.errors import InfraError, PzError
 
 
 class AgentError(PzError):
@@ -11,3 +11,11 @@ class AgentError(PzError):
 
 class ModelError(PzError):
     """A language model could not be loaded, or failed to answer."""
+
+
+class FailureBudgetError(InfraError):
+    """So many episodes failed that the run is broken."""
+
+
+class EngineMissing(ModelError):
+    """An inference engine that was demanded is not installed; the command line exits 3."""

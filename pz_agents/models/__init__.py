@@ -1,17 +1,18 @@
 """Language models behind one protocol: from a short text to a model, and what its weights are.
 
 A spec is ``tiny``, a ``save_pretrained`` folder, ``ORGANISATION/NAME`` on the Hugging Face hub,
-``openai:MODEL@URL`` or ``scripted:REPLY|REPLY``.
+``openai:MODEL@URL``, ``vllm:`` or ``supervised:`` before one of these, or ``scripted:REPLY|REPLY``.
 Importing this package imports neither torch nor transformers; loading a model does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 
-from pz_agents.errors import ModelError
+from pz_agents.errors import EngineMissing, ModelError
 from pz_agents.models.protocol import Completion, GenerateRequest, LanguageModel, Message
 from pz_envs.errors import did_you_mean
 from pz_envs.files import sha256_file
@@ -27,8 +28,9 @@ __all__ = [
 
 _ALLOWED = (
     "Allowed: `tiny`, a folder that save_pretrained wrote, `Organisation/Name` of the Hugging Face "
-    "hub, `openai:MODEL@http://host/v1`, `scripted:reply|reply`"
+    "hub, `openai:MODEL@http://host/v1`, `vllm:FOLDER`, `supervised:MODEL`, `scripted:reply|reply`"
 )
+_logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
@@ -59,6 +61,12 @@ def load_model(spec: str, *, device: str | None = None) -> LanguageModel:
         from pz_agents.models.scripted import ScriptedModel
 
         return ScriptedModel(tuple(rest.split("|")), name=spec)
+    if kind == "supervised":
+        from pz_agents.models.supervised import SupervisedModel
+
+        return SupervisedModel(rest, device=device)
+    if kind == "vllm":
+        return _served_by_vllm(spec, device)
     from pz_agents.models.transformers import TransformersModel
 
     if spec == "tiny":
@@ -66,6 +74,19 @@ def load_model(spec: str, *, device: str | None = None) -> LanguageModel:
 
         return TransformersModel(tiny_folder(), device=device, name="tiny")
     return TransformersModel(model_folder(spec), device=device)
+
+
+def _served_by_vllm(spec: str, device: str | None) -> LanguageModel:
+    """Return vLLM's model or, without vLLM, the same weights in transformers."""
+    from pz_agents.models import vllm
+
+    settings = vllm.parse_spec(spec)
+    if vllm.available():
+        return vllm.vllm_model(settings)
+    if settings.required:
+        raise EngineMissing(f"vLLM is not installed. Install it: {vllm.INSTALL}")
+    _logger.warning("vLLM is not installed; transformers serves %s instead", settings.folder)
+    return load_model(settings.folder, device=device)
 
 
 def model_identity(spec: str) -> str:
@@ -91,6 +112,12 @@ def model_identity(spec: str) -> str:
         return _hash("openai", *parts)
     if kind == "scripted":
         return _hash(spec)
+    if kind == "supervised":
+        return model_identity(spec.partition(":")[2])
+    if kind == "vllm":
+        from pz_agents.models.vllm import parse_spec as parse_vllm
+
+        return _hash("vllm", model_identity(parse_vllm(spec).folder))
     if is_hub_id(spec):
         return _hash("hub", spec)
     folder = model_folder(spec)

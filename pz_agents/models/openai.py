@@ -48,8 +48,8 @@ class ServerSettings(Settings):
     """Most tokens of prompt and reply; bytes where there is no tokenizer."""
     timeout: float = pydantic.Field(120.0, gt=0)
     """Seconds that one try of a request may take."""
-    retries: int = pydantic.Field(4, ge=0, le=20)
-    """How often a request is repeated, with growing pauses."""
+    retries: int = pydantic.Field(8, ge=0, le=20)
+    """How often a request is repeated, with growing pauses; 8 outlast half a minute."""
     concurrency: int = pydantic.Field(16, ge=1)
     """Requests under way at once."""
     log_probs: Literal["raw", "processed"] = "raw"

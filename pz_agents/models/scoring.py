@@ -108,9 +108,39 @@ def _chunks(candidates: Sequence[Ids]) -> Iterator[list[Ids]]:
 def _score_chunk(
     network: Any, past: int, first: torch.Tensor, cache: Any, candidates: Sequence[Ids]
 ) -> list[LogProbs]:
+    tree, parents, sources = token_tree(candidates)
+    logits = first[0]
+    if tree:
+        tokens = torch.tensor([tree], device=first.device)
+        mask, depths = _tree_mask(parents, past, network.dtype)
+        output = network(
+            tokens,
+            attention_mask=mask.to(first.device),
+            position_ids=(depths[None] + past - 1).to(first.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.crop(-len(tree))
+        logits = torch.cat([logits, output.logits[0].float()])
+    targets = torch.from_numpy(np.concatenate(candidates).astype(np.int64)).to(first.device)
+    log_probs = torch.log_softmax(logits, -1)
+    picked = log_probs[torch.tensor(sources, dtype=torch.long, device=first.device), targets]
+    bounds = np.cumsum([len(candidate) for candidate in candidates])[:-1]
+    return np.split(picked.cpu().numpy(), bounds)
+
+
+def token_tree(candidates: Sequence[Ids]) -> tuple[list[int], list[int], list[int]]:
+    """Return the candidates as a tree of tokens behind a prefix; common beginnings appear once.
+
+    A candidate's last token predicts nothing and is left out.
+
+    Returns:
+        The nodes' tokens [S], numbered from 1; their parents [S], each before its children, 0 being
+        the prefix's last token; and for every token of all candidates the node that predicts it.
+    """
     nodes: dict[tuple[int, int], int] = {}
     parents: list[int] = []
-    sources: list[int] = []  # node whose logits predict a token; 0 is the prefix's last token
+    sources: list[int] = []
     for candidate in candidates:
         node = 0
         for position, token in enumerate(np.asarray(candidate).tolist()):
@@ -122,24 +152,7 @@ def _score_chunk(
                 nodes[key] = len(nodes) + 1
                 parents.append(node)
             node = nodes[key]
-    logits = first[0]
-    if nodes:
-        tokens = torch.tensor([[token for _, token in nodes]], device=first.device)
-        mask, depths = _tree_mask(parents, past, network.dtype)
-        output = network(
-            tokens,
-            attention_mask=mask.to(first.device),
-            position_ids=(depths[None] + past - 1).to(first.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.crop(-len(nodes))
-        logits = torch.cat([logits, output.logits[0].float()])
-    targets = torch.from_numpy(np.concatenate(candidates).astype(np.int64)).to(first.device)
-    log_probs = torch.log_softmax(logits, -1)
-    picked = log_probs[torch.tensor(sources, dtype=torch.long, device=first.device), targets]
-    bounds = np.cumsum([len(candidate) for candidate in candidates])[:-1]
-    return np.split(picked.cpu().numpy(), bounds)
+    return [token for _, token in nodes], parents, sources
 
 
 def _tree_mask(

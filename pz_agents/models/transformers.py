@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -168,7 +169,7 @@ class TransformersModel:
         try:
             with without_progress_bars():
                 return AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"{folder} holds no causal language model that can be loaded: {error}. "
                 f"Write one there with model.save_pretrained({str(folder)!r})"

@@ -2,7 +2,14 @@
 
 from pz_agents.sdk.check import check_agent
 from pz_agents.sdk.loading import BUILT_IN, agent_names, load_agent, needs_model
-from pz_agents.sdk.protocols import Agent, AgentFunction, EndsEpisodes, Learner, StartsEpisodes
+from pz_agents.sdk.protocols import (
+    Agent,
+    AgentFunction,
+    EndsEpisodes,
+    Learner,
+    PlaysEpisodes,
+    StartsEpisodes,
+)
 from pz_agents.sdk.types import Action, Episode, Sample, Step, Trajectory, Turn
 
 __all__ = [
@@ -13,6 +20,7 @@ __all__ = [
     "EndsEpisodes",
     "Episode",
     "Learner",
+    "PlaysEpisodes",
     "Sample",
     "StartsEpisodes",
     "Step",

@@ -31,9 +31,14 @@ BUILT_IN: Mapping[str, str] = {
     "random": "pz_agents.sdk.builtin:RandomAgent",
     "expert": "pz_agents.sdk.builtin:ExpertAgent",
     "zeroshot": "pz_agents.prompting.agents:ZeroShot",
-    "best-of-n": "pz_agents.prompting.agents:BestOfN",
+    "best-of-n": "pz_agents.prompting.several:BestOfN",
     "mcts": "pz_agents.search.agent:MctsAgent",
+    "few-shot": "pz_agents.prompting.fewshot:FewShot",
+    "react": "pz_agents.prompting.react:ReAct",
+    "reflexion": "pz_agents.prompting.reflexion:Reflexion",
+    "self-consistency": "pz_agents.prompting.several:SelfConsistency",
     "unizero": "pz_agents.priorzero.agent:UniZeroAgent",
+    "priorzero": "pz_agents.priorzero.agent:PriorZeroAgent",
     "webshop-rule": "pz_envs.webshop.expert:rule_agent",
 }
 """Agents that come with the package."""
@@ -55,7 +60,8 @@ def load_agent(
     """Return the agent that ``spec`` names.
 
     Args:
-        spec: a name of ``agent_names()``, ``"package.module:Name"`` or ``"path/file.py:Name"``.
+        spec: a name of ``agent_names()``, ``"package.module:Name"``, ``"path/file.py:Name"``, or
+            ``"external:COMMAND"`` for a program of its own (``pz_agents.sdk.external``).
             A class or factory is called; a function whose two required parameters are the
             observation and the info dictionary is an agent by itself.
         model: given to a class or factory that takes a parameter ``model``.
@@ -92,6 +98,15 @@ def needs_model(spec: str) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
+def load_object(spec: str) -> Any:
+    """Return what ``package.module:Name`` or ``path/file.py:Name`` names, whatever it is.
+
+    Raises:
+        AgentError: there is no such module, file or name, or it could not be imported.
+    """
+    return _target(spec)
+
+
 class _FunctionAgent:
     """A plain function as an agent."""
 
@@ -107,6 +122,10 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def _target(spec: str) -> Any:
+    if spec.startswith("external:"):
+        from pz_agents.sdk.external import external
+
+        return external(spec.removeprefix("external:"))
     if spec in BUILT_IN:
         spec = BUILT_IN[spec]
     elif (installed := _installed().get(spec)) is not None:
@@ -118,7 +137,7 @@ def _target(spec: str) -> Any:
         known = agent_names()
         raise AgentError(
             f"No agent `{spec}`.{did_you_mean(spec, known)} Known: {', '.join(known)}; "
-            "or give package.module:Name or path/file.py:Name"
+            "or give package.module:Name, path/file.py:Name or external:COMMAND"
         )
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     target: Any = module

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pz_agents.sdk.types import Action, Episode, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from pz_agents.rollout.episode import EpisodeSpec, Limits
+    from pz_agents.rollout.slots import MakeEnv
 
 
 @runtime_checkable
@@ -38,6 +42,27 @@ class EndsEpisodes(Protocol):
 
     def end(self, trajectory: Trajectory) -> None:
         """Forget the episode with ``trajectory.key``."""
+        ...
+
+
+@runtime_checkable
+class PlaysEpisodes(Protocol):
+    """Capability: plays whole episodes its own way, several attempts at one instance for example.
+
+    ``run_episodes`` hands over to it and yields what it yields: one trajectory a spec, in which
+    all steps and tokens that it took are counted.
+    """
+
+    def play_episodes(
+        self,
+        specs: Iterable[EpisodeSpec],
+        *,
+        make_env: MakeEnv,
+        limits: Limits,
+        seed: int,
+        concurrency: int,
+    ) -> Iterator[Trajectory]:
+        """Yield each episode as it ends; the arguments are those of ``run_episodes``."""
         ...
 
 

@@ -85,7 +85,11 @@ class Action:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One turn as it happened: what was seen, what was said, what came of it."""
+    """One turn as it happened: what was seen, what was said, what came of it.
+
+    Requests beside the one that ``sample`` holds (candidates not chosen, reflections) are counted
+    in ``notes``: ``other_tokens`` were sampled and ``other_prompt_tokens`` read for them.
+    """
 
     observation: str
     action: str
@@ -95,6 +99,18 @@ class Step:
     format_error: bool
     sample: Sample | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Number of tokens that were sampled for this step."""
+        own = 0 if self.sample is None else len(self.sample.token_ids)
+        return own + int(self.notes.get("other_tokens", 0))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of prompt tokens that were read for this step, counted once a request."""
+        own = 0 if self.sample is None else len(self.sample.prompt_ids)
+        return own + int(self.notes.get("other_prompt_tokens", 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,9 +145,9 @@ class Trajectory:
     @property
     def sampled_tokens(self) -> int:
         """Number of tokens that the policy sampled in this episode."""
-        return sum(len(step.sample.token_ids) for step in self.steps if step.sample is not None)
+        return sum(step.sampled_tokens for step in self.steps)
 
     @property
     def prompt_tokens(self) -> int:
         """Number of prompt tokens read, counted once a request."""
-        return sum(len(step.sample.prompt_ids) for step in self.steps if step.sample is not None)
+        return sum(step.prompt_tokens for step in self.steps)

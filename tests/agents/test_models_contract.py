@@ -1,11 +1,13 @@
 """One suite over every backend: what a language model promises, each keeps.
 
 The served backend is a real HTTP round trip to a small server on loopback that answers as vLLM
-does (token ids and log-probs) from the same weights.
+does (token ids and log-probs) from the same weights; ``own`` one to the server of pz itself,
+``supervised`` has its weights in another process.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from pz_agents.models.recipe import Recipe
 from pz_agents.models.scripted import ScriptedModel
 from pz_agents.models.tiny import build_tiny
 from pz_agents.models.transformers import TransformersModel
+from pz_agents.serving import ModelServer
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
@@ -164,16 +167,28 @@ def server(folders: dict[str, Path]) -> Iterator[str]:
 
 
 LOCAL = ("random", "sliding", "tiny")
-BACKENDS = (*LOCAL, "scripted", "served")
+VLLM = ("vllm",) if importlib.util.find_spec("vllm") else ()  # `make test-vllm`
+BACKENDS = (*LOCAL, "scripted", "served", "own", "supervised", *VLLM)
 
 
 @pytest.fixture(scope="session")
-def models(folders: dict[str, Path], server: str) -> dict[str, LanguageModel]:
-    served = f"openai:served@{server}?tokenizer={folders['random']}&context=512&concurrency=2"
+def own_server(folders: dict[str, Path]) -> Iterator[str]:
+    with ModelServer(TransformersModel(folders["random"], device="cpu")) as own:
+        yield own.url
+
+
+@pytest.fixture(scope="session")
+def models(folders: dict[str, Path], server: str, own_server: str) -> dict[str, LanguageModel]:
+    options = f"tokenizer={folders['random']}&context=512"
+    served = f"openai:served@{server}?{options}&concurrency=2"
+    own = f"openai:random@{own_server}?{options}&log_probs=processed"
     return {
         **{name: load_model(str(folders[name]), device="cpu") for name in LOCAL},
         "scripted": load_model("scripted:<action>north</action>|look|wait a moment"),
         "served": load_model(served),
+        "own": load_model(own),
+        "supervised": load_model(f"supervised:{folders['random']}", device="cpu"),
+        **{name: load_model(f"vllm:{folders['random']}?required=true") for name in VLLM},
     }
 
 

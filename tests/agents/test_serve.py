@@ -1,0 +1,327 @@
+"""The OpenAI-compatible server, asked with the openai client and with raw HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from pz_agents.errors import ModelError
+from pz_agents.models import GenerateRequest, load_model
+from pz_agents.models.scripted import ScriptedModel
+from pz_agents.models.transformers import TransformersModel
+from pz_agents.serving import ModelServer
+
+MESSAGES: Any = [{"role": "user", "content": "go north or south?"}]
+
+
+class Counting(ScriptedModel):
+    """Notes the size of every batch; the first batch waits until the others have come."""
+
+    def __init__(self) -> None:
+        super().__init__(["north", "south", "east"])
+        self.batches: list[int] = []
+        self.go = threading.Event()
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Any]:
+        self.batches.append(len(requests))
+        assert self.go.wait(60)
+        return super().generate(requests)
+
+
+@pytest.fixture(scope="module")
+def model(micro: Path) -> TransformersModel:
+    return TransformersModel(micro, device="cpu", name="micro")
+
+
+@pytest.fixture(scope="module")
+def served(model: TransformersModel) -> Iterator[ModelServer]:
+    with ModelServer(model) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(served: ModelServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served.url, api_key="any", max_retries=0)
+
+
+@pytest.fixture
+def scripted() -> Iterator[openai.OpenAI]:
+    model = ScriptedModel(["one two", "<action>go</action> END and more"], name="scripted")
+    with ModelServer(model) as server:
+        yield openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+
+
+def post(server: ModelServer, path: str, data: bytes, key: str = "") -> tuple[int, Any]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(server.root + path, data, headers, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_a_chat_is_what_the_model_itself_samples(
+    client: openai.OpenAI, model: TransformersModel
+) -> None:
+    answer = client.chat.completions.create(
+        model="micro", messages=MESSAGES, max_tokens=7, seed=5, temperature=0.7, logprobs=True
+    )
+    [own] = model.generate([GenerateRequest(model.render(MESSAGES), 7, 5, 0.7)])
+    [choice] = answer.choices
+    assert choice.message.content == own.text
+    assert choice.finish_reason == own.finish
+    told = [token.logprob for token in choice.logprobs.content]
+    np.testing.assert_allclose(told, own.log_probs, atol=1e-5)
+    assert answer.usage.completion_tokens == len(own.token_ids)
+    assert answer.usage.prompt_tokens == len(model.render(MESSAGES))
+
+
+def test_token_ids_go_in_and_come_out_untouched(
+    client: openai.OpenAI, model: TransformersModel
+) -> None:
+    prompts = [[70, 80, 90], [71, 81]]
+    answer = client.completions.create(
+        model="micro",
+        prompt=prompts,
+        max_tokens=5,
+        seed=3,
+        n=2,
+        logprobs=0,
+        extra_body={"return_token_ids": True},
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for number, prompt in ((0, prompts[0]), (2, prompts[1])):
+        [own] = model.generate([GenerateRequest(np.asarray(prompt, np.int32), 5, 3)])
+        choice: Any = answer.choices[number]
+        assert choice.token_ids == own.token_ids.tolist()
+        assert choice.prompt_token_ids == prompt
+        np.testing.assert_allclose(choice.logprobs.token_logprobs, own.log_probs, atol=1e-5)
+    assert answer.choices[0].token_ids != answer.choices[1].token_ids  # type: ignore[attr-defined]
+
+
+def test_a_conversation_goes_on_from_the_sampled_ids(
+    client: openai.OpenAI, model: TransformersModel
+) -> None:
+    extra = {"extra_body": {"return_token_ids": True}, "max_tokens": 6}
+    first: Any = client.chat.completions.create(model="micro", messages=MESSAGES, seed=1, **extra)
+    reply = first.choices[0]
+    onwards = [
+        *MESSAGES,
+        {"role": "assistant", "content": reply.message.content},
+        {"role": "user", "content": "and then?"},
+    ]
+    second: Any = client.chat.completions.create(model="micro", messages=onwards, seed=1, **extra)
+    begun = [*reply.prompt_token_ids, *reply.token_ids]
+    assert second.choices[0].prompt_token_ids[: len(begun)] == begun
+    rest = model.render([{"role": "user", "content": "and then?"}], continuation=True)
+    assert second.choices[0].prompt_token_ids[-len(rest) :] == rest.tolist()
+
+
+def test_a_stop_text_is_cut_off_wherever_it_is_in_the_tokens(scripted: openai.OpenAI) -> None:
+    answer: Any = scripted.chat.completions.create(
+        model="scripted",
+        messages=MESSAGES,
+        seed=1,
+        stop=["END", "never"],
+        extra_body={"return_token_ids": True},
+    )
+    [choice] = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("<action>go</action> ", "stop")
+    assert bytes(choice.token_ids).decode() == "<action>go</action> END"
+    answer = scripted.chat.completions.create(model="scripted", messages=MESSAGES, seed=0, stop=" ")
+    assert answer.choices[0].message.content == "one"
+
+
+def test_a_stream_says_the_same(scripted: openai.OpenAI) -> None:
+    whole = scripted.chat.completions.create(model="scripted", messages=MESSAGES, seed=0)
+    parts = list(
+        scripted.chat.completions.create(
+            model="scripted",
+            messages=MESSAGES,
+            seed=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content
+    assert [part.choices[0].finish_reason for part in parts if part.choices] == [None, "stop"]
+    assert parts[-1].usage.total_tokens == whole.usage.total_tokens
+    streamed = scripted.completions.create(model="scripted", prompt="x", seed=0, stream=True)
+    assert "".join(part.choices[0].text for part in streamed) == "one two"
+
+
+def test_messages_may_be_in_parts_and_by_the_developer(scripted: openai.OpenAI) -> None:
+    parts = [{"type": "text", "text": "go "}, {"type": "text", "text": "on"}]
+    messages: Any = [
+        {"role": "developer", "content": "Play."},
+        {"role": "user", "content": parts},
+    ]
+    answer = scripted.chat.completions.create(model="default", messages=messages, seed=0)
+    assert answer.choices[0].message.content == "one two"
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [card.id for card in client.models.list()] == ["micro"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"n": 0}, 400, "n"),
+        ({"n": True}, 400, "n"),
+        ({"max_tokens": 100_000}, 400, "max_tokens"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
+        ({"stop": 3}, 400, "stop"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"logit_bias": {"3": 5}}, 400, "logit_bias"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(
+    served: ModelServer, change: dict[str, Any], status: int, param: str
+) -> None:
+    body = {"model": "micro", "messages": MESSAGES, "max_tokens": 2, **change}
+    code, answer = post(served, "/v1/chat/completions", json.dumps(body).encode())
+    assert (code, answer["error"]["param"]) == (status, param)
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "status"),
+    [
+        ("/v1/completions", b"{", 400),
+        ("/v1/completions", b"[1]", 400),
+        ("/v1/completions", b'{"prompt": ""}', 400),
+        ("/v1/completions", b'{"prompt": {}}', 400),
+        ("/v1/embeddings", b"{}", 404),
+    ],
+)
+def test_other_bodies_and_pages_are_errors_in_openais_shape(
+    served: ModelServer, path: str, data: bytes, status: int
+) -> None:
+    code, answer = post(served, path, data)
+    assert code == status
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_context_is_named_as_openai_names_it(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="micro", prompt="x" * 500, max_tokens=4)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_key_is_demanded_where_one_is_set() -> None:
+    with ModelServer(ScriptedModel(["x"]), key="secret") as server:
+        body = json.dumps({"prompt": "x"}).encode()
+        assert post(server, "/v1/completions", body)[0] == 401
+        assert post(server, "/v1/completions", body, key="wrong")[0] == 401
+        assert post(server, "/v1/completions", body, key="secret")[0] == 200
+
+
+def test_requests_that_arrive_together_share_a_batch() -> None:
+    model = Counting()
+    answers: dict[int, str] = {}
+    with ModelServer(model) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0, timeout=60)
+
+        def ask(seed: int) -> None:
+            answer = client.completions.create(model="default", prompt="x", seed=seed)
+            answers[seed] = answer.choices[0].text
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 60
+        while server._batcher._waiting.qsize() + sum(model.batches) < 12:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        model.go.set()
+        for thread in threads:
+            thread.join()
+    assert sum(model.batches) == 12
+    assert len(model.batches) < 12
+    assert answers == {seed: ("north", "south", "east")[seed % 3] for seed in range(12)}
+
+
+def test_one_request_that_fails_leaves_the_others_alone() -> None:
+    def reply(prompt: str, seed: int) -> str:
+        if "bad" in prompt:
+            raise ModelError("no answer to that")
+        return "fine"
+
+    with ModelServer(ScriptedModel(reply)) as server:
+        body = json.dumps({"prompt": ["good", "bad"]}).encode()
+        code, answer = post(server, "/v1/completions", body)
+        assert (code, answer["error"]["type"]) == (500, "server_error")
+        assert "no answer to that" in answer["error"]["message"]
+        assert post(server, "/v1/completions", b'{"prompt": "good"}')[0] == 200
+
+
+def test_a_port_that_is_taken_is_named(served: ModelServer) -> None:
+    port = int(served.root.rpartition(":")[2])
+    with pytest.raises(ModelError, match=f"{port}.*--port"):
+        ModelServer(ScriptedModel(["x"]), port=port)
+
+
+def test_a_server_that_is_away_for_a_while_is_asked_again(micro: Path) -> None:
+    first = ModelServer(ScriptedModel(["before"]))
+    port = int(first.root.rpartition(":")[2])
+    model = load_model(f"openai:default@{first.url}?retries=8")
+    request = GenerateRequest(model.render(MESSAGES), 16, 0)
+    assert model.generate([request])[0].text == "before"
+    first.close()
+    answers: list[str] = []
+    thread = threading.Thread(target=lambda: answers.append(model.generate([request])[0].text))
+    thread.start()
+    time.sleep(1.0)
+    with ModelServer(ScriptedModel(["after"]), port=port):
+        thread.join(timeout=120)
+    assert answers == ["after"]
+
+
+def test_the_command_serves_until_ctrl_c() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pz_agents.cli", "serve", "--model", "scripted:hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/v1", line)
+        assert found, line
+        client = openai.OpenAI(base_url=found[0], api_key="any", max_retries=0)
+        answer = client.chat.completions.create(model="default", messages=MESSAGES)
+        assert answer.choices[0].message.content == "hello"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "Traceback" not in errors
