@@ -49,6 +49,7 @@ class Tokens:
     reference_log_probs: [B, T] under the frozen reference, where the algorithm asked for one.
     totals: of the whole optimizer batch.
     groups: [B] the number of each row's group, for losses that compare rollouts of one task.
+    entropies: [B, T] of what each token was sampled from, with gradient; where asked for.
     """
 
     log_probs: Tensor
@@ -58,6 +59,7 @@ class Tokens:
     totals: Totals
     reference_log_probs: Tensor | None = None
     groups: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 class Loss(NamedTuple):
@@ -81,8 +83,10 @@ def predictions(logits: Tensor, count: int) -> Tensor:
     return logits[:, -count - 1 : -1]
 
 
-def token_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return log-probs [...] of ``ids`` and the entropies [...] (detached, in nats).
+def token_log_probs(
+    logits: Tensor, ids: Tensor, temperature: float, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs [...] of ``ids`` and the entropies [...] in nats, detached by default.
 
     Both are of softmax(logits / temperature), taken in float32 whatever the logits are.
 
@@ -90,9 +94,13 @@ def token_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
         logits: [..., V], each the prediction of the id at the same place.
         ids: [...].
         temperature: of sampling, above 0.
+        entropy_gradient: the entropies keep their graph.
     """
     log_softmax = torch.log_softmax(logits.float() / temperature, dim=-1)
     chosen = log_softmax.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    if entropy_gradient:
+        # The gradient of ``entr`` is infinite where a probability is 0.
+        return chosen, -(log_softmax.exp() * log_softmax).sum(-1)
     entropy = torch.special.entr(log_softmax.detach().exp()).sum(-1)
     return chosen, entropy
 
@@ -165,6 +173,21 @@ def kl_estimate(
         return difference.square() / 2
     inverse_ratio = (-difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return (inverse_ratio - 1.0 + difference).clamp(-MAX_K3, MAX_K3)
+
+
+def soft_cross_entropy(scores: Tensor, targets: Tensor, states: float) -> Tensor:
+    """Return -sum_a q_a log softmax(scores)_a, a share of the mean over ``states`` states.
+
+    Its gradient is softmax(scores) - q. What was never visited stays in the denominator; what may
+    not be played, or pads a row, has the score -inf and takes no part.
+
+    Args:
+        scores: [S, A] already divided by the prior's temperature; -inf off the list.
+        targets: [S, A] shares q of each state's visits; 0 off the list.
+        states: S over all micro-batches of the optimizer batch.
+    """
+    log_probs = keep(torch.log_softmax(scores.float(), -1), scores > -math.inf)
+    return -(targets * log_probs).sum() / max(states, 1.0)
 
 
 def aggregate(values: Tensor, mask: Tensor, how: Aggregation, totals: Totals) -> Tensor:

@@ -9,7 +9,7 @@ trained, it is those turns' tokens alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ class TrainRow:
     log_probs: as sampled, 0 elsewhere. versions: of the weights that sampled, -1 elsewhere.
     turns: index of the turn that sampled the token, -1 elsewhere, also where it is not trained.
     advantages: 0 off the mask.
+    rewards: what each turn earned, on its last token; 0 elsewhere.
     """
 
     ids: Ids
@@ -36,6 +37,7 @@ class TrainRow:
     advantages: NDArray[np.float32]
     trajectory_id: str
     group_id: str
+    rewards: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     @property
     def prompt_length(self) -> int:
@@ -127,6 +129,8 @@ def _row(
     log_probs = np.zeros(len(ids), np.float32)
     versions = np.full(len(ids), -1, np.int32)
     turns = np.full(len(ids), -1, np.int32)
+    rewards = np.zeros(len(ids), np.float32)
+    earned = _earned(trajectory)
     for turn, sample in chain:
         start = len(sample.prompt_ids)
         sampled = slice(start, start + len(sample.token_ids))
@@ -134,6 +138,7 @@ def _row(
         log_probs[sampled] = sample.log_probs
         versions[sampled] = sample.version
         turns[sampled] = turn
+        rewards[sampled.stop - 1] = earned[turn]
     return TrainRow(
         ids=ids,
         mask=mask,
@@ -143,4 +148,16 @@ def _row(
         advantages=np.where(mask, advantage, 0.0).astype(np.float32),
         trajectory_id=trajectory.key,
         group_id=trajectory.group_id,
+        rewards=rewards,
     )
+
+
+def _earned(trajectory: Trajectory) -> dict[int, float]:
+    """Return what each sampled turn earned, with what came of later turns without a sample."""
+    earned: dict[int, float] = {}
+    turn = -1
+    for number, step in enumerate(trajectory.steps):
+        if step.sample is not None and len(step.sample.token_ids):
+            turn = number
+        earned[turn] = earned.get(turn, 0.0) + step.reward
+    return earned

@@ -121,7 +121,7 @@ class LiveEpisode:
         again = bool(self.steps) and self.steps[-1].action == step.action
         self.repeats = self.repeats + 1 if again else 1
         self.invalid_streak = 0 if step.valid else self.invalid_streak + 1
-        self.tokens += 0 if step.sample is None else len(step.sample.token_ids)
+        self.tokens += step.sampled_tokens
         self.steps.append(step)
 
     def open_turn(self, run_seed: int) -> None:

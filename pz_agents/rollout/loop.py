@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from pz_agents.errors import AgentError
+from pz_agents.errors import AgentError, FailureBudgetError
 from pz_agents.rollout.episode import EpisodeSpec, Limits, LiveEpisode
 from pz_agents.rollout.slots import EnvSlot, Finished, MakeEnv
-from pz_agents.sdk.protocols import Agent, EndsEpisodes, StartsEpisodes
+from pz_agents.sdk.protocols import Agent, EndsEpisodes, PlaysEpisodes, StartsEpisodes
 from pz_agents.sdk.types import Action, Episode, Trajectory, Truncation, Turn
 from pz_envs.errors import ConfigError, DataError, EnvError, InfraError
 
@@ -62,7 +62,8 @@ def run_episodes(
     each turn is asked again alone, so that only the culprit fails.
 
     Args:
-        agent: plays; ``start`` and ``end`` are called where it has them.
+        agent: plays; ``start`` and ``end`` are called where it has them. One that has
+            ``play_episodes`` plays them that way.
         specs: the episodes.
         make_env: makes an environment; it is called from several threads, and asks for
             admissible commands if ``agent.needs_admissible_commands``.
@@ -74,11 +75,16 @@ def run_episodes(
         ConfigError: two specs share a key, or ``make_env`` raised it.
         DataError: ``make_env`` raised it.
         AgentError: ``act`` returned another number of actions than it was given turns.
-        InfraError: 20 episodes more than ``concurrency`` failed in a row, or more than half of
-            the last 256 did.
+        FailureBudgetError: 20 episodes more than ``concurrency`` failed in a row, or more than
+            half of the last 256 did.
     """
     if concurrency < 1:
         raise ConfigError(f"concurrency must be at least 1; got {concurrency}")
+    if isinstance(agent, PlaysEpisodes):
+        yield from agent.play_episodes(
+            specs, make_env=make_env, limits=limits, seed=seed, concurrency=concurrency
+        )
+        return
     rollout = _Rollout(agent, iter(specs), make_env, limits, seed, concurrency)
     try:
         yield from rollout.run()
@@ -183,7 +189,7 @@ class _Rollout:
             what = f"more than half of the last {_FAILURE_WINDOW}" if half else len(self._streak)
             last = "\n  ".join(list(self._streak)[-5:])
             in_a_row = "" if half else " in a row"
-            raise InfraError(
+            raise FailureBudgetError(
                 f"{what} episodes{in_a_row} failed, so the run is broken. The last were:\n  {last}"
             )
 

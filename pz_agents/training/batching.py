@@ -149,6 +149,7 @@ def log_probs_of(
     *,
     plain_head: bool = False,
     autocast: torch.dtype | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs [B, L] of the sampled tokens (0 off the mask) and their entropies [N].
 
@@ -159,6 +160,7 @@ def log_probs_of(
         plain_head: ``head_is_plain(module)``; the head then runs on N positions, not B * L.
         autocast: the type of matrix products; None: that of the weights. The log-softmax is
             float32 whatever it is.
+        entropy_gradient: the entropies keep their graph.
     """
     count = batch.ids.shape[1] - 1
     trained = batch.mask[:, 1:]
@@ -169,6 +171,29 @@ def log_probs_of(
         else:
             logits = module(input_ids=batch.ids, use_cache=False).logits
             logits = predictions(logits, count)[trained]
-    chosen, entropy = token_log_probs(logits, batch.ids[:, 1:][trained], temperature)
-    zeros = torch.zeros(batch.mask.shape, device=chosen.device)
-    return zeros.masked_scatter(batch.mask, chosen), entropy
+    chosen, entropy = token_log_probs(
+        logits, batch.ids[:, 1:][trained], temperature, entropy_gradient=entropy_gradient
+    )
+    return at_mask(chosen, batch.mask), entropy
+
+
+def values_of(module: Any, batch: MicroBatch, autocast: torch.dtype | None = None) -> Tensor:
+    """Return values [B, L] of what was there before each sampled token; 0 off the mask.
+
+    Args:
+        module: a transformers sequence classifier with one label; its head ``score`` is read at
+            the positions that predict sampled tokens.
+        batch: B rows.
+        autocast: see ``log_probs_of``.
+    """
+    count = batch.ids.shape[1] - 1
+    with torch.autocast(batch.ids.device.type, autocast, enabled=autocast is not None):
+        states = module.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        values = module.score(predictions(states, count)[batch.mask[:, 1:]])
+    return at_mask(values.float().squeeze(-1), batch.mask)
+
+
+def at_mask(flat: Tensor, mask: Tensor) -> Tensor:
+    """Return ``flat`` [N] where ``mask`` [B, L] has its N True entries, 0 elsewhere."""
+    zeros = torch.zeros(mask.shape, device=flat.device)
+    return zeros.masked_scatter(mask, flat)

@@ -28,8 +28,15 @@ LATEST = "latest.json"
 _NAME = re.compile(r"step_(\d{6,})")
 _VERSIONS_OF = ("torch", "transformers", "trl")
 _KEEP_PUBLISHED = 2
-_RUN_FILES = ("checkpoints", "policy", "weights", "tensorboard", "wandb", "trackio")
-_RUN_PATTERNS = ("config.json", "experience.db*", "*.jsonl", "bench.*", "training_metrics.*")
+_RUN_FILES = ("checkpoints", "logs", "policy", "weights", "tensorboard", "wandb", "trackio")
+_RUN_PATTERNS = (
+    "config.json",
+    "experience.db*",
+    "*.jsonl",
+    "bench.*",
+    "training_metrics*",
+    "ppo_metrics*",
+)
 
 _logger = logging.getLogger(__name__)
 

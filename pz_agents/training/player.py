@@ -7,18 +7,22 @@ the same weights it is the same episodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pz_agents.algorithms import Algorithm, load_algorithm
 from pz_agents.errors import ModelError
 from pz_agents.rollout import EpisodeSpec, Limits, RolloutContext, Task, run_episodes
 from pz_agents.sdk.types import Trajectory
+from pz_agents.training.mixture import DATA_ENV, ORDERED, DataEnv, Mixture, env_row, load_mixture
 from pz_agents.training.settings import TrainSettings, algorithm_options
-from pz_envs.catalog import find
 from pz_envs.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from pz_agents.models import LanguageModel
+    from pz_agents.training.rewards import Rewards
 
 
 class Player:
@@ -51,50 +55,55 @@ class Player:
                 "Use `tiny` or a folder with a transformers model."
             )
         self.policy = policy
-        self.agent = self._agent(settings.temperature)
+        self.agent = make_agent(settings, policy, settings.temperature)
+        self._rewards: Rewards | None = None
+        if settings.reward_function or settings.reward_model:
+            from pz_agents.training.rewards import Rewards
+
+            self._rewards = Rewards(settings, policy)
 
     def play(self, number: int) -> list[Trajectory]:
         """Play batch ``number`` with the policy as it is; sorted by group and attempt."""
-        settings = self.settings
-        tasks = [
-            Task(
-                settings.env,
-                derive_seed(settings.seed, "task", number, index) % 2**31,
-                f"batch{number:06d}/task{index:04d}",
-            )
-            for index in range(settings.groups_per_step)
-        ]
-        context = RolloutContext(
-            agent=self.agent,
-            make_env=self._make_env("train"),
-            limits=Limits(turns=settings.max_turns),
-            seed=settings.seed,
-            concurrency=settings.concurrency,
-            group_size=settings.group_size,
-            options=self.options,
-        )
-        played = list(self.algorithm.program(context, tasks))
-        return sorted(played, key=lambda item: (item.group_id, item.attempt))
+        return play_batch(self.settings, self.agent, number, range(self.settings.groups_per_step))
+
+    def paid(
+        self, played: Sequence[Trajectory], split: Literal["train", "eval"] = "train"
+    ) -> list[Trajectory]:
+        """Return the episodes with what the settings' function and reward model pay for them."""
+        if self._rewards is None:
+            return list(played)
+        if self.settings.env != DATA_ENV:
+            return self._rewards(played)
+        mixture = _mixture(self.settings, split)
+        return self._rewards(played, lambda item: mixture.row(item.env_seed))
+
+    def progress(self, batch: int) -> dict[str, float]:
+        """Return how often a data set has been gone through after ``batch`` batches."""
+        if self.settings.env != DATA_ENV:
+            return {}
+        rows = len(_mixture(self.settings, "train"))
+        return {"epoch": batch * self.settings.groups_per_step / rows}
 
     def evaluate(self, episodes: int) -> dict[str, float]:
         """Play ``episodes`` held-out episodes greedily; a failed one counts as no success.
 
         Returns:
             ``success`` with its 95 % interval ``low`` to ``high`` (Wilson), ``score_norm``,
-            ``reward``, ``turns``, ``sampled_tokens`` a mean each, and the number ``failed``.
+            ``reward``, ``turns``, ``sampled_tokens`` a mean each, the number ``failed``, and what
+            the settings' ``eval_metrics`` measured.
         """
-        env = find(self.settings.env).id
+        env = env_row(self.settings.env).id
         specs = [
-            EpisodeSpec(f"eval/{number}", env, derive_seed("eval", env, number) % 2**31)
+            EpisodeSpec(f"eval/{number}", env, _eval_seed(env, number))
             for number in range(episodes)
         ]
         training = self.policy.network.training
         self.policy.network.eval()
         played = list(
             run_episodes(
-                self._agent(0.0),
+                make_agent(self.settings, self.policy, 0.0),
                 specs,
-                make_env=self._make_env("eval"),
+                make_env=_make_env(self.settings, self.agent, "eval"),
                 limits=Limits(turns=self.settings.max_turns),
                 seed=self.settings.seed,
                 concurrency=self.settings.concurrency,
@@ -102,8 +111,15 @@ class Player:
         )
         self.policy.network.train(training)
         played.sort(key=lambda item: int(item.key.removeprefix("eval/")))
+        played = self.paid(played, "eval")
         low, high = wilson(sum(item.success for item in played), episodes)
+        own: Mapping[str, float] = {}
+        if self.settings.eval_metrics:
+            from pz_agents.training.rewards import call_metrics
+
+            own = call_metrics(self.settings.eval_metrics, played)
         return {
+            **own,
             "success": _mean([float(item.success) for item in played]),
             "low": low,
             "high": high,
@@ -116,21 +132,72 @@ class Player:
 
     def score(self, figures: Mapping[str, float]) -> float:
         """Return the figure of ``evaluate`` that the environment's tables show."""
-        return figures[find(self.settings.env).metric]
+        return figures[env_row(self.settings.env).metric]
 
-    def _agent(self, temperature: float) -> Any:
-        from pz_agents.sdk.loading import load_agent
 
-        kwargs = {"temperature": temperature, "max_new_tokens": self.settings.max_new_tokens}
-        return load_agent("zeroshot", model=self.policy, kwargs=kwargs)
+def make_agent(settings: TrainSettings, policy: LanguageModel, temperature: float) -> Any:
+    """Return the agent that plays a run's episodes with ``policy``."""
+    from pz_agents.sdk.loading import load_agent
 
-    def _make_env(self, split: Literal["train", "eval"]) -> Any:
-        from pz_envs.catalog import make_env
+    kwargs = {"temperature": temperature, "max_new_tokens": settings.max_new_tokens}
+    return load_agent("zeroshot", model=policy, kwargs=kwargs)
 
-        commands = True if getattr(self.agent, "needs_admissible_commands", False) else None
-        return partial(
-            make_env, split=split, admissible_commands=commands, **self.settings.env_kwargs
+
+def play_batch(
+    settings: TrainSettings, agent: Any, number: int, places: Iterable[int]
+) -> list[Trajectory]:
+    """Play tasks of a run's batch ``number``; sorted by group and attempt.
+
+    Args:
+        settings: of the run.
+        agent: plays them.
+        number: of the batch, from 1.
+        places: of the tasks in the batch, from 0. Each is played as if it were alone.
+    """
+    tasks = [
+        Task(
+            settings.env,
+            _task_seed(settings, number, place),
+            f"batch{number:06d}/task{place:04d}",
         )
+        for place in places
+    ]
+    context = RolloutContext(
+        agent=agent,
+        make_env=_make_env(settings, agent, "train"),
+        limits=Limits(turns=settings.max_turns),
+        seed=settings.seed,
+        concurrency=settings.concurrency,
+        group_size=settings.group_size,
+        options=algorithm_options(settings),
+    )
+    played = list(load_algorithm(settings.algorithm).program(context, tasks))
+    return sorted(played, key=lambda item: (item.group_id, item.attempt))
+
+
+def _task_seed(settings: TrainSettings, number: int, place: int) -> int:
+    """Return a task's seed; a data set's rows come in order."""
+    if settings.env == DATA_ENV:
+        return ORDERED + (number - 1) * settings.groups_per_step + place
+    return derive_seed(settings.seed, "task", number, place) % 2**31
+
+
+def _eval_seed(env: str, number: int) -> int:
+    return ORDERED + number if env == DATA_ENV else derive_seed("eval", env, number) % 2**31
+
+
+def _mixture(settings: TrainSettings, split: Literal["train", "eval"]) -> Mixture:
+    return load_mixture(settings.datasets, split, settings.seed if split == "train" else 0)
+
+
+def _make_env(settings: TrainSettings, agent: Any, split: Literal["train", "eval"]) -> Any:
+    from pz_envs.catalog import make_env
+
+    if settings.env == DATA_ENV:
+        mixture = _mixture(settings, split)
+        return lambda env_id: DataEnv(mixture, **settings.env_kwargs)
+    commands = True if getattr(agent, "needs_admissible_commands", False) else None
+    return partial(make_env, split=split, admissible_commands=commands, **settings.env_kwargs)
 
 
 def episode_figures(trajectories: Sequence[Trajectory], version: int) -> dict[str, float]:

@@ -15,11 +15,26 @@ from typing import Any
 PANELS = ("reward", "success", "entropy", "usable_groups")
 """What the plot of a training run shows, by the names of the metrics."""
 
+DETAILS = (
+    *("reward", "success", "return", "turns"),
+    *("loss", "value_loss", "kl", "approx_kl"),
+    *("ratio", "clip_low", "clip_high", "value_clip"),
+    *("entropy", "explained_variance", "grad_norm", "critic_grad_norm"),
+    *("learning_rate", "critic_learning_rate", "sampled_tokens", "truncated"),
+)
+"""What the detailed plot shows, as far as a run has it."""
+
+PPO = ("loss", "value_loss", "reward", "advantage_std", "entropy", "explained_variance")
+"""What is plotted of a run with a critic."""
+
 _logger = logging.getLogger(__name__)
 
 
 def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
-    """Draw reward, success, entropy and usable groups over the steps.
+    """Draw reward, success, entropy and usable groups over the steps, and the details beside.
+
+    ``PATH_detailed.png`` has every curve of ``DETAILS`` that the run has, and a run with a critic
+    gets ``ppo_metrics_with_entropy.png`` too.
 
     Args:
         metrics: lines of ``metrics.jsonl``.
@@ -30,15 +45,25 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: Path) -> list[Path]
     """
     if not _installed():
         return []
-    figure, grid = _figure(2, 2)
-    steps = [line["step"] for line in metrics]
-    for axes, name in zip(grid, PANELS, strict=True):
-        values = [math.nan if line.get(name) is None else line[name] for line in metrics]
-        axes.plot(steps, values, linewidth=0.8, alpha=0.4)
-        axes.plot(steps, _smoothed(values), linewidth=1.6)
-        axes.set_title(name)
-        axes.set_xlabel("step")
-    return _write(figure, path)
+    files = _write(_curves(metrics, PANELS, 2), path)
+    known = {name for line in metrics for name, value in line.items() if value is not None}
+    details = [name for name in DETAILS if name in known]
+    if details:
+        path = path.with_name(f"{path.name}_detailed")
+        files += _write(_curves(metrics, details, 4), path, svg=False)
+    if "value_loss" in known:
+        path = path.with_name("ppo_metrics_with_entropy")
+        files += _write(_curves(metrics, PPO, 3), path, svg=False)
+    return files
+
+
+def plot_panels(
+    metrics: Sequence[Mapping[str, Any]], path: Path, names: Sequence[str]
+) -> list[Path]:
+    """Draw those of the metrics ``names`` that the run has, two a row; see ``plot_metrics``."""
+    known = {name for line in metrics for name, value in line.items() if value is not None}
+    shown = [name for name in names if name in known]
+    return _write(_curves(metrics, shown, 2), path) if shown and _installed() else []
 
 
 def plot_bench(rows: Sequence[Mapping[str, float]], path: Path) -> list[Path]:
@@ -63,11 +88,28 @@ def _installed() -> bool:
     return found
 
 
+def _curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], columns: int) -> Any:
+    """Return a figure with a panel a metric: its values, and their moving average."""
+    figure, grid = _figure(math.ceil(len(names) / columns), columns)
+    steps = [line["step"] for line in metrics]
+    for axes in grid[len(names) :]:
+        axes.remove()
+    for axes, name in zip(grid, names, strict=False):
+        values = [math.nan if line.get(name) is None else line[name] for line in metrics]
+        axes.plot(steps, values, linewidth=0.8, alpha=0.4)
+        axes.plot(steps, _smoothed(values), linewidth=1.6)
+        # Long labels would reach into the panel beside.
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        axes.set_title(name)
+        axes.set_xlabel("step")
+    return figure
+
+
 def _figure(rows: int, columns: int) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3 * rows))
+    figure = Figure(figsize=(max(9, 4 * columns), 3 * rows))
     FigureCanvasAgg(figure)
     # Half the time of a layout that measures every label.
     bottom = 0.5 / (3 * rows)
@@ -75,14 +117,16 @@ def _figure(rows: int, columns: int) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(rows, columns).flat)
 
 
-def _write(figure: Any, path: Path) -> list[Path]:
+def _write(figure: Any, path: Path, *, svg: bool = True) -> list[Path]:
     import matplotlib
 
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    figure.savefig(png, dpi=110, metadata={"Software": None})
-    with matplotlib.rc_context({"svg.hashsalt": "pz"}):
-        figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    files = [path.with_suffix(".png")]
+    figure.savefig(files[0], dpi=110, metadata={"Software": None})
+    if svg:
+        files.append(path.with_suffix(".svg"))
+        with matplotlib.rc_context({"svg.hashsalt": "pz"}):
+            figure.savefig(files[1], metadata={"Date": None})
+    return files
 
 
 def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

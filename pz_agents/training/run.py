@@ -1,11 +1,11 @@
 """A training run in a folder: play, store, give credit, learn, save; the same call resumes it.
 
 The folder holds ``config.json``, ``experience.db``, ``metrics.jsonl``, ``timings.jsonl``,
-``checkpoints/``, and at the end ``policy/`` and ``training_metrics.png``. Each step's tasks,
-sampling and row order follow from (run seed, step) alone, so a run that was killed and called again
-ends with the same bytes as one that was not, in weights, metrics and store. That holds where one
-process plays and learns in turn; where another one plays (``modes.py``), no group is lost or
-trained on twice.
+``checkpoints/``, ``logs/``, and at the end ``policy/`` and ``training_metrics.png``. Each step's
+tasks, sampling and row order follow from (run seed, step) alone, so a run that was killed and
+called again ends with the same bytes as one that was not, in weights, metrics and store. That
+holds where one process plays and learns in turn; where another one plays (``modes.py``), no group
+is lost or trained on twice.
 """
 
 from __future__ import annotations
@@ -26,25 +26,34 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pz_agents.rollout import ExperienceStore, Lease
+from pz_agents.rollout.budget import FailureBudget
 from pz_agents.rollout.store import Role
+from pz_agents.sdk.types import Trajectory
 from pz_agents.training import checkpoint
+from pz_agents.training.disk import full_disk_told, room_for_another
+from pz_agents.training.fleet import Fleet, capacity
+from pz_agents.training.mixture import env_row
 from pz_agents.training.monitors import MetricsLog, read_metrics
 from pz_agents.training.player import Player, episode_figures
 from pz_agents.training.plots import plot_metrics
 from pz_agents.training.settings import TrainSettings, check_resumable, resolved
-from pz_envs.catalog import find
+from pz_agents.training.stopping import Stopper
 from pz_envs.errors import DataError, InfraError, require
 from pz_envs.files import write_atomic
 
 if TYPE_CHECKING:
     from pz_agents.algorithms.rows import TrainRow
+    from pz_agents.sdk.types import Trajectory
+    from pz_agents.training.critic import Critic
     from pz_agents.training.trl_learner import Learner
+    from pz_agents.training.update import Updater
 
 __all__ = ["TrainSettings", "train"]
 
 OnProgress = Callable[[int, int, Mapping[str, float]], None]
 
 _logger = logging.getLogger(__name__)
+_steps = logging.getLogger(f"{__name__}.steps")
 
 
 def train(
@@ -54,6 +63,7 @@ def train(
     resume: str = "auto",
     on_progress: OnProgress | None = None,
     wait: Callable[[int, int], None] | None = None,
+    fleet: Fleet | None = None,
 ) -> Path:
     """Train until ``settings.steps`` steps are done and return the final policy's folder.
 
@@ -69,6 +79,7 @@ def train(
         wait: None plays the episodes here. Otherwise another process plays them into the store
             with the weights that are published in ``folder/weights``, and ``wait`` is called over
             and over with the number of groups there are and that are needed.
+        fleet: plays the episodes, in other processes that it looks after.
 
     Raises:
         ConfigError: a setting is wrong, or differs from those the run in ``folder`` began with.
@@ -78,7 +89,7 @@ def train(
     """
     folder = Path(folder)
     config = json.dumps(resolved(settings), indent=1)
-    find(settings.env)
+    env_row(settings.env)
     if resume == "never" and (folder / "experience.db").exists():
         with contextlib.suppress(DataError):
             ExperienceStore(folder / "experience.db").close()
@@ -94,14 +105,22 @@ def train(
     require("trl", "pz-agents[train]")
     write_atomic(folder / "config.json", config)
     role: Role = "both" if wait is None else "trainer"
-    with _open_store(folder, resumed, role) as store, _Interrupt() as interrupt:
-        run = _Run(settings, folder, store, interrupt, resumed, wait)
+    with (
+        full_disk_told(folder),
+        _log_to(folder / "logs"),
+        _open_store(folder, resumed, role) as store,
+        _Interrupt() as interrupt,
+    ):
+        run = _Run(settings, folder, store, interrupt, resumed, wait, fleet)
         try:
-            run.play_and_learn(on_progress)
+            if not run.stopper.stopped:
+                run.play_and_learn(on_progress)
         finally:
             run.metrics.close()
+            if run.interrupt.requested and run.done:
+                _draw(folder)
     checkpoint.write_folder(policy, partial(_copy_policy, folder / "checkpoints"))
-    plot_metrics(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics")
+    _draw(folder)
     return policy
 
 
@@ -116,6 +135,7 @@ class _Run:
         interrupt: _Interrupt,
         resumed: Path | None,
         wait: Callable[[int, int], None] | None,
+        fleet: Fleet | None,
     ) -> None:
         from pz_agents.training.trl_learner import Learner
 
@@ -124,10 +144,16 @@ class _Run:
         self.store = store
         self.interrupt = interrupt
         self.wait = wait
+        self.fleet = fleet
+        self.in_turn = wait is None and (fleet is None or settings.batches_ahead == 0)
+        self.budget = FailureBudget()
         self.done = self.saved = checkpoint.step_of(resumed) if resumed else 0
+        self.stopper = Stopper(settings.early_stopping)
         self.player = Player(settings)
         self.policy = self.player.policy
         network, options = self.policy.network, self.player.options
+        # The critic copies the weights as they are before any adapter.
+        self.critic = self._critic()
         reference = None
         if getattr(options, "beta", 0.0) or settings.kl_reward:
             # A module with an adapter is its own reference without it.
@@ -139,6 +165,7 @@ class _Run:
             settings,
             partial(self.player.algorithm.loss, options=options),
             reference,
+            entropy_gradient=bool(getattr(options, "entropy_coef", 0.0)),
         )
         self.policy.autocast = self.learner.autocast
         if resumed:
@@ -164,7 +191,8 @@ class _Run:
         def after_step(step: int, learned: Mapping[str, float]) -> bool:
             assert self.lease is not None
             self.policy.version = self.learner.updates
-            self.learner.schedule.observe(self.figures["reward"])
+            for updater in self._updaters():
+                updater.schedule.observe(self.figures["reward"])
             self._publish(step)
             self.store.ack(self.lease, step, settings.max_uses)
             self.done = step
@@ -181,11 +209,14 @@ class _Run:
                 "rollout_seconds": self.rollout_seconds,
             }
             self.metrics.write(metrics, timings)
-            if due:
+            stops = self.stopper.observe(metrics)
+            if due or stops:
                 self.save(score)
+            told = {**metrics, **timings}
+            _steps.info("step %d/%d %s", step, settings.steps, _figures_text(told))
             if on_progress is not None:
-                on_progress(step, settings.steps, {**metrics, **timings})
-            return not self.interrupt.requested
+                on_progress(step, settings.steps, told)
+            return not (stops or self.interrupt.requested)
 
         self._publish(self.done)
         try:
@@ -195,7 +226,9 @@ class _Run:
             if self.interrupt.may_raise and self.done > self.saved:
                 self.save()
             raise
-        if self.done < settings.steps:
+        if self.stopper.stopped:
+            _logger.warning("stopped early after step %d: %s", self.done, settings.early_stopping)
+        elif self.done < settings.steps:
             self.save()
             raise KeyboardInterrupt
 
@@ -207,39 +240,111 @@ class _Run:
         settings = self.settings
         # Who plays in turn with the learner trains on all that was played, also on groups that
         # a program played in place of others.
-        count = self.store.unspent() if self.wait is None else settings.groups_per_step
+        count = self.store.unspent() if self.in_turn else settings.groups_per_step
         self.lease = self.store.lease(count, settings.sampling, seed=step)
-        played = [item for group in self.lease.groups for item in group]
-        punished = self.learner.with_kl_in_rewards(played)
-        credit = self.player.algorithm.credit(punished, self.player.options)
+        played = self.player.paid([item for group in self.lease.groups for item in group])
+        self.rollout_seconds = time.monotonic() - self.began
+        rows, figures = self._judged(step, played)
         self.figures = {
             "version": float(self.policy.version),
             **episode_figures(played, self.policy.version),
-            **credit.stats,
-            "rows": float(len(credit.rows)),
+            **figures,
+            **self.player.progress(step),
+            "rows": float(len(rows)),
             "stale_groups": float(stale),
         }
-        self.rollout_seconds = time.monotonic() - self.began
-        return credit.rows
+        return rows
+
+    def _judged(
+        self, step: int, played: Sequence[Trajectory]
+    ) -> tuple[Sequence[TrainRow], dict[str, float]]:
+        """Return the rows of the step's episodes with their advantages, and figures about them."""
+        algorithm, options = self.player.algorithm, self.player.options
+        if self.critic is None:
+            credit = algorithm.credit(self.learner.with_kl_in_rewards(played), options)
+            return credit.rows, dict(credit.stats)
+        credit = algorithm.credit(played, options)
+        rows = self.learner.with_kl_in_token_rewards(credit.rows, len(played))
+        rows, figures = self.critic.judge(step, played, rows)
+        return rows, {**credit.stats, **figures}
+
+    def _critic(self) -> Critic | None:
+        """Return the critic of an algorithm that has one."""
+        rule = self.player.algorithm.critic
+        if rule is None:
+            return None
+        from pz_agents.prompting.templates import for_family, user_text
+        from pz_agents.training.critic import Critic
+
+        template = for_family(self.player.agent.template, env_row(self.settings.env).family)
+        return Critic(
+            self.policy,
+            self.settings,
+            self.player.options,
+            rule,
+            lambda observation: user_text(template, observation, None),
+        )
+
+    def _updaters(self) -> list[Updater]:
+        return [self.learner, *([self.critic] if self.critic else [])]
 
     def _gather(self, step: int) -> int:
         """Have enough groups in the store; returns how many were too old to be used."""
         settings = self.settings
         usable = range(step - 1 - settings.max_staleness, step)
         stale = self.store.drop_stale(usable, step)
-        if self.wait is None:
+        if self.in_turn:
             if self.store.unspent() < settings.groups_per_step:
-                self.store.append(self.player.play(step), step - 1)
+                play = self.player.play if self.fleet is None else self.fleet.play
+                self._keep(play(step), step - 1)
             return stale
+        if self.wait is None:
+            return stale + self._gather_ahead(usable, step)
         while (ready := self.store.unspent()) < settings.groups_per_step:
             self.wait(ready, settings.groups_per_step)
             stale += self.store.drop_stale(usable, step)
         return stale
 
+    def _gather_ahead(self, usable: range, step: int) -> int:
+        """Have enough groups from a fleet that plays ahead; returns how many were too old."""
+        assert self.fleet is not None
+        stale, needed = 0, self.settings.groups_per_step
+        while (ready := self._play_ahead()) < needed:
+            for done in self.fleet.finished():
+                number = max(done.share.number, self.store.batches)
+                self._keep(done.trajectories, done.share.step, number)
+            stale += self.store.drop_stale(usable, step)
+        _logger.debug("%d groups are ready for step %d", ready, step)
+        return stale
+
+    def _play_ahead(self) -> int:
+        """Ask the fleet for as many batches as may be begun; returns how many groups are ready."""
+        assert self.fleet is not None
+        settings, ready, running = self.settings, self.store.unspent(), self.fleet.running
+        room = capacity(
+            max_concurrent=(settings.batches_ahead + 1) * settings.groups_per_step,
+            running=running,
+            staleness=settings.batches_ahead,
+            version=self.done,
+            batch=settings.groups_per_step,
+            accepted=self.done * settings.groups_per_step + ready,
+        )
+        for _ in range(room // settings.groups_per_step):
+            self.fleet.request(max(self.fleet.requested, self.store.batches, self.done) + 1)
+        return ready
+
+    def _keep(self, played: Sequence[Trajectory], step: int, number: int | None = None) -> None:
+        """Store what weights of ``step`` steps played, unless the run is broken."""
+        self.budget.add(played)
+        self.store.append(played, step, batch=number)
+
     def save(self, score: float | None = None) -> None:
-        """Write a checkpoint of the steps that are done."""
+        """Write a checkpoint of the steps that are done; without room, only a warning."""
         self.metrics.sync()
         folder = self.folder / "checkpoints"
+        if not room_for_another(folder) and self.done < self.settings.steps:
+            _logger.warning("no room for a checkpoint of step %d in %s", self.done, folder)
+            return
         checkpoint.save(folder, self.done, self._write, self.settings.keep_checkpoints, score)
         self.saved = self.done
 
@@ -250,7 +355,14 @@ class _Run:
         self.policy.chat.tokenizer.save_pretrained(folder / "policy")
         (folder / "optimizer").mkdir()
         torch.save(self.learner.optimizer.state_dict(), folder / "optimizer" / "state.pt")
-        state = {"step": self.done, "learner": self.learner.state()}
+        state = {
+            "step": self.done,
+            "learner": self.learner.state(),
+            "stopping": self.stopper.state(),
+        }
+        if self.critic is not None:
+            self.critic.save(folder)
+            state["critic"] = self.critic.state()
         torch.save(state, folder / "training_state.pt")
         self.store.snapshot(folder / "buffer" / "experience.db", unspent=True)
         shutil.copyfile(self.folder / "config.json", folder / "config.json")
@@ -264,10 +376,16 @@ class _Run:
         state = torch.load(resumed / "training_state.pt", weights_only=True)
         optimizer = torch.load(resumed / "optimizer" / "state.pt", weights_only=True)
         self.learner.load_state(state["learner"], optimizer)
+        if "stopping" in state:
+            self.stopper.load_state(state["stopping"])
+        if self.critic is not None:
+            self.critic.load(resumed, state["critic"])
         _logger.info("resumed from step %d", self.done)
 
     def _publish(self, step: int) -> None:
-        """Publish the weights for a process that plays, where there is one."""
+        """Publish the weights for processes that play, where there are any."""
+        if self.fleet is not None:
+            self.fleet.publish(self.policy.network.save_pretrained, self.learner.updates, step)
         if self.wait is None:
             return
         import torch
@@ -342,6 +460,35 @@ def _open_store(folder: Path, resumed: Path | None, role: Role) -> ExperienceSto
     _logger.warning("%s goes on from the copy in %s", path, buffer)
     write_atomic(path, buffer.read_bytes())
     return ExperienceStore(path, role)
+
+
+def _draw(folder: Path) -> None:
+    plot_metrics(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics")
+
+
+@contextlib.contextmanager
+def _log_to(folder: Path) -> Iterator[None]:
+    """Write a line a step, and every warning, to ``training_TIME.log`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("training_%Y%m%d-%H%M%S.log")
+    handler = logging.FileHandler(folder / name, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger("pz_agents"), _steps]
+    # Steps go to the file alone; the console has its own line.
+    _steps.propagate = False
+    _steps.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+
+def _figures_text(figures: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.6g}" for name, value in figures.items() if name != "step")
 
 
 def _copy_policy(checkpoints: Path, target: Path) -> None:

@@ -10,12 +10,28 @@ import pydantic
 from pz_agents.algorithms import load_algorithm
 from pz_agents.config import Settings, parse_settings
 from pz_agents.rollout.store import Policy
+from pz_agents.training.mixture import DATA_ENV, DataSource
 from pz_agents.training.monitors import MonitorName
 from pz_agents.training.presets import compose, preset_names
+from pz_agents.training.stopping import EarlyStopping
 from pz_envs.errors import ConfigError
 
 FREE_TO_CHANGE = frozenset(
-    {"preset", "save_every", "keep_checkpoints", "eval_episodes", "monitor", "threads"}
+    {
+        "preset",
+        "save_every",
+        "keep_checkpoints",
+        "eval_episodes",
+        "eval_metrics",
+        "early_stopping",
+        "monitor",
+        "threads",
+        "runtime",
+        "workers",
+        "engines",
+        "resources",
+        "worker_seconds",
+    }
 )
 """Settings that a resumed run may change, because no weight depends on them."""
 
@@ -36,7 +52,11 @@ class TrainSettings(Settings):
     """The algorithm's own options, e.g. `{"beta": 0.04}` (documented in its file)."""
 
     env: str
-    """A Gymnasium id of pz_envs; training plays its training split."""
+    """A Gymnasium id of pz_envs; training plays its training split. Left out with `datasets`."""
+
+    datasets: tuple[DataSource, ...] = ()
+    """Files of single questions to train on in place of an environment, mixed by weight:
+    `{path, type, input, output, weight, split, skip}` (`pz_agents.training.mixture`)."""
 
     env_kwargs: Mapping[str, Any] = {}
     """Keyword arguments of the environment."""
@@ -53,8 +73,8 @@ class TrainSettings(Settings):
     groups_per_step: int = pydantic.Field(default=8, ge=1)
     """Tasks a step."""
 
-    group_size: int = pydantic.Field(default=8, ge=2)
-    """Attempts at each task."""
+    group_size: int = pydantic.Field(default=8, ge=1)
+    """Attempts at each task; 1 only for algorithms with a critic, which compare none."""
 
     learning_rate: float = pydantic.Field(default=1e-6, gt=0)
     """Highest learning rate of AdamW (betas .9 and .999, no weight decay)."""
@@ -69,7 +89,11 @@ class TrainSettings(Settings):
     """Updates over which the learning rate rises."""
 
     iterations: int = pydantic.Field(default=1, ge=1)
-    """Updates on the rows of one step; with 1 the policy ratio is 1 and clipping never acts."""
+    """Passes over the rows of one step."""
+
+    policy_update_steps: int = pydantic.Field(default=1, ge=1)
+    """Mini-batches that the rows are shuffled into, one update each; with 1 and one pass the
+    policy ratio is 1 and clipping never acts."""
 
     max_tokens_per_microbatch: int = pydantic.Field(default=8192, ge=0)
     """Most tokens that go through the network together, padding included (0: all rows at once);
@@ -90,7 +114,25 @@ class TrainSettings(Settings):
 
     kl_reward: float = pydantic.Field(default=0.0, ge=0)
     """Weight of a rollout's KL to the starting weights, taken off its reward; an algorithm's own
-    `beta` is the weight of that KL in the loss, and only one of them may be set."""
+    `beta` is the weight of that KL in the loss, and only one of them may be set. With a critic
+    it comes off token by token."""
+
+    kl_target: float | None = pydantic.Field(default=None, gt=0)
+    """Steer the weight `kl_reward` so that the KL a token stays near this; None: it is fixed."""
+
+    kl_horizon: int = pydantic.Field(default=10_000, ge=1)
+    """Rollouts over which a KL that is far off changes the weight by a fifth."""
+
+    reward_function: str = ""
+    """A function that pays episodes, `package.module:name` or `path/file.py:name`; it is given
+    `prompts`, `completions`, `trajectories` and the data set's columns, as lists, by keyword."""
+
+    reward_model: str = ""
+    """A model that scores conversations (a sequence classifier with one label); clipped to 10."""
+
+    env_reward: float | None = None
+    """Weight of the environment's own reward beside `reward_function` and `reward_model`; None:
+    they replace it."""
 
     max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
@@ -129,11 +171,35 @@ class TrainSettings(Settings):
     """Held-out episodes to play, greedily, at each checkpoint; the best checkpoint is then the
     one with the best result, else (0) the one with the highest mean reward since the last."""
 
+    eval_metrics: str = ""
+    """A function that measures the evaluation too, `package.module:name` or `path/file.py:name`:
+    it is given the trajectories and returns a mapping of names to numbers."""
+
+    early_stopping: EarlyStopping | None = None
+    """End before the last step, `{metric, mode, patience, min_delta}`; None: never."""
+
     monitor: MonitorName = "none"
     """Where figures go beside `metrics.jsonl`."""
 
     threads: int = pydantic.Field(default=1, ge=1)
     """Torch's CPU threads; more than one pays only for models above some 10 M parameters."""
+
+    runtime: str = pydantic.Field(default="local", pattern=r"local|ray(:.+)?")
+    """Where workers and engines live: `local`, `ray` (of this run's own), or `ray:ADDRESS` of a
+    cluster (`ray:auto` finds the one on this machine)."""
+
+    workers: int = pydantic.Field(default=0, ge=0)
+    """Processes that play the episodes; 0: this one plays, or on Ray one actor."""
+
+    engines: int = pydantic.Field(default=0, ge=0)
+    """Processes with a model that the workers share; 0: each worker has its own."""
+
+    resources: Mapping[Literal["worker", "engine"], Mapping[str, float]] = {}
+    """What each worker and engine is given on a cluster: `cpus` (1), `gpus` (0), or a resource of
+    its nodes by name, e.g. `{"engine": {"gpus": 1}}`."""
+
+    worker_seconds: float = pydantic.Field(default=3600.0, gt=0)
+    """How long a worker may take over its share of a batch before it is replaced."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -147,6 +213,16 @@ class TrainSettings(Settings):
                     "that was kept. Remove it; `temperature` is allowed."
                 )
         return values
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_the_data(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not values.get("datasets"):
+            return values
+        env = values.get("env") or DATA_ENV
+        if env != DATA_ENV:
+            raise ConfigError(f"`env` is {env} and there are `datasets` too; leave one of them out")
+        return {"max_turns": 1, **values, "env": env}
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -165,6 +241,26 @@ class TrainSettings(Settings):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _check_that_something_pays(self) -> TrainSettings:
+        answers = [source.output for source in self.datasets if source.split == "train"]
+        if answers and not any(answers) and not (self.reward_function or self.reward_model):
+            raise ConfigError(
+                "nothing pays for replies to `datasets`: name the column with the answer as "
+                "`output`, or set `reward_function` or `reward_model`"
+            )
+        return self
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps that the rows of one step get."""
+        return self.iterations * self.policy_update_steps
+
+    @property
+    def has_fleet(self) -> bool:
+        """Whether other processes play, looked after by the one that learns."""
+        return self.workers > 0 or self.engines > 0 or self.runtime != "local"
+
     @property
     def batches_ahead(self) -> int:
         """Batches that may be played before they are needed; 0: play and train in turn."""
@@ -177,7 +273,8 @@ def algorithm_options(settings: TrainSettings) -> Settings:
     Raises:
         ConfigError: an option does not exist or is out of range.
     """
-    defaults = load_algorithm(settings.algorithm).defaults
+    algorithm = load_algorithm(settings.algorithm)
+    defaults = algorithm.defaults
     values = {**defaults.model_dump(), **settings.options}
     options = parse_settings(type(defaults), values, f"options of {settings.algorithm}")
     if settings.correction != "none" and getattr(options, "form", "simple") != "simple":
@@ -185,6 +282,16 @@ def algorithm_options(settings: TrainSettings) -> Settings:
             f"`correction` ({settings.correction}) weighs each token's advantage, and the form "
             f"`{getattr(options, 'form', '')}` of {settings.algorithm} has none a token; set it "
             "to none, or the form to simple"
+        )
+    if settings.group_size == 1 and algorithm.critic is None:
+        raise ConfigError(
+            f"`group_size` is 1, and {settings.algorithm} compares the attempts at one task; set "
+            "2 or more, or take ppo, whose critic needs no other attempt"
+        )
+    if settings.kl_target is not None and not settings.kl_reward:
+        raise ConfigError(
+            f"`kl_target` ({settings.kl_target:g}) steers the weight `kl_reward`, which is 0; "
+            "set that too (0.05 is usual)"
         )
     beta = getattr(options, "beta", 0.0)
     if settings.kl_reward and beta:

@@ -43,6 +43,7 @@ class Learner(Updater):
         loss: one micro-batch's share of the loss.
         reference: what the loss's KL term is to; ``module`` itself stands for the module without
             its adapter.
+        entropy_gradient: the loss has an entropy bonus.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Learner(Updater):
         settings: TrainSettings,
         loss: LossFunction,
         reference: torch.nn.Module | None = None,
+        *,
+        entropy_gradient: bool = False,
     ) -> None:
-        super().__init__(module, settings, loss, reference)
+        super().__init__(module, settings, loss, reference, entropy_gradient=entropy_gradient)
         self.tokenizer = tokenizer
         # The trainer would set these too, with a warning.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -77,7 +80,7 @@ class Learner(Updater):
         """
         if first > last:
             return
-        updates = (last - first + 1) * self.settings.iterations
+        updates = (last - first + 1) * self.settings.updates_per_step
         trainer = EpisodeTrainer(
             model=self.module,
             reward_funcs=_no_reward,
@@ -164,7 +167,7 @@ class _StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
-        if len(self._updates) < trainer.learner.settings.iterations:
+        if len(self._updates) < trainer.learner.settings.updates_per_step:
             return
         metrics = trainer.learner.step_metrics(self._updates)
         self._updates.clear()

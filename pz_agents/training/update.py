@@ -13,7 +13,7 @@ import gc
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pz_agents.algorithms.corrections import mismatch, rollout_weights
+from pz_agents.algorithms.gae import adapted
 from pz_agents.algorithms.losses import MAX_LOG_RATIO, Loss, Tokens, Totals, aggregate, keep
 from pz_agents.algorithms.rows import TrainRow, rows_of
 from pz_agents.errors import ModelError
@@ -32,12 +33,14 @@ from pz_agents.sdk.types import Trajectory
 from pz_agents.training.batching import (
     MICRO_BATCH_COST,
     MicroBatch,
+    at_mask,
     group_numbers,
     head_is_plain,
     log_probs_of,
     micro_batch,
     micro_batches,
 )
+from pz_agents.training.memory import advice, savings
 from pz_agents.training.schedules import Schedule
 from pz_agents.training.settings import TrainSettings
 from pz_envs.seeding import derive_seed
@@ -48,7 +51,7 @@ MOST_SKIPS = 5
 ENGINE_GAP = {None: 1e-3, torch.bfloat16: 0.3}
 """Log-probs of a sampler with the learner's weights should agree to this, in nats."""
 
-LossFunction = Callable[[Tokens], Loss]
+LossFunction = Callable[..., Loss]
 Backward = Callable[[Tensor], None]
 
 _logger = logging.getLogger(__name__)
@@ -58,16 +61,28 @@ _logger = logging.getLogger(__name__)
 class StepRows:
     """The rows of a step and what was worked out about them in the first pass.
 
+    minibatches: the rows of each update of a pass. totals: of the update that is being taken.
     old: [N, L] the learner's log-probs before its first update, where a correction needs them.
-    reference: [N, L] the reference's, where there is one. passes: updates taken.
+    reference: [N, L] the reference's, where there is one. updates: how many were taken.
     """
 
     rows: Sequence[TrainRow]
     groups: Sequence[int]
+    minibatches: Sequence[NDArray[np.intp]]
     totals: Totals
     old: Tensor | None
     reference: Tensor | None
-    passes: int = 0
+    updates: int = 0
+
+    @property
+    def numbers(self) -> NDArray[np.intp]:
+        """The rows of the update that is being taken."""
+        return self.minibatches[self.updates % len(self.minibatches)]
+
+    @property
+    def first_pass(self) -> bool:
+        """Whether the update's rows are seen for the first time."""
+        return self.updates < len(self.minibatches)
 
 
 class Updater:
@@ -83,19 +98,23 @@ class Updater:
         settings: TrainSettings,
         loss: LossFunction,
         reference: torch.nn.Module | None = None,
+        *,
+        entropy_gradient: bool = False,
     ) -> None:
         self.module = module
         self.settings = settings
         self.loss = loss
         self.reference: Any = reference
         self._reference_in_loss = reference is not None and not settings.kl_reward
+        self._entropy_gradient = entropy_gradient
+        self.kl_weight = settings.kl_reward
         self.device = next(module.parameters()).device
         self.autocast = autocast_type(settings.precision, self.device)
         if self.autocast is None or not settings.lora_rank:
             # Small updates vanish in bfloat16: what is trained is float32.
             module.float()
         if settings.lora_rank:
-            add_adapter(module, settings.lora_rank, derive_seed(settings.seed, "lora") % 2**31)
+            self._add_adapter(derive_seed(settings.seed, "lora") % 2**31)
         self.plain_head = head_is_plain(module)
         self.optimizer = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad],
@@ -105,7 +124,7 @@ class Updater:
         self.schedule = Schedule(
             settings.schedule,
             settings.warmup_updates,
-            settings.steps * settings.iterations,
+            settings.steps * settings.updates_per_step,
             settings.plateau_patience,
         )
         self.budget = settings.max_tokens_per_microbatch
@@ -117,6 +136,9 @@ class Updater:
         self._told_of_gap = False
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
 
+    def _add_adapter(self, seed: int) -> None:
+        add_adapter(self.module, self.settings.lora_rank, seed)
+
     def state(self) -> dict[str, Any]:
         """Return the counters; the module and the optimizer are saved beside them."""
         return {
@@ -125,6 +147,7 @@ class Updater:
             "skips_in_a_row": self._skips_in_a_row,
             "out_of_memory": self.out_of_memory,
             "budget": self.budget,
+            "kl_weight": self.kl_weight,
             "schedule": self.schedule.state(),
         }
 
@@ -135,31 +158,50 @@ class Updater:
         self._skips_in_a_row = state["skips_in_a_row"]
         self.out_of_memory = state["out_of_memory"]
         self.budget = state["budget"]
+        self.kl_weight = state.get("kl_weight", self.settings.kl_reward)
         self.schedule.load_state(state["schedule"])
         self.optimizer.load_state_dict(dict(optimizer))
 
     def step_rows(self, rows: Sequence[TrainRow]) -> StepRows:
-        """Return the rows of a step with their totals."""
-        totals = Totals(
-            tokens=float(sum(int(row.mask.sum()) for row in rows)),
-            sequences=float(sum(bool(row.mask.any()) for row in rows)),
-            length=float(self.settings.max_turns * self.settings.max_new_tokens),
-        )
+        """Return the rows of a step, shuffled into mini-batches where there are several a pass."""
+        count = self.settings.policy_update_steps
+        everything = np.arange(len(rows))
+        minibatches = [everything]
+        if count > 1:
+            # The remainder is spread: no row is left out, and each mini-batch has its own totals.
+            minibatches = np.array_split(torch.randperm(len(rows)).numpy(), count)
         shape = (len(rows), max((len(row.ids) for row in rows), default=0))
 
         def remembered() -> Tensor:
             return torch.zeros(shape, device=self.device)
 
-        return StepRows(
+        step = StepRows(
             rows=rows,
             groups=group_numbers(rows),
-            totals=totals,
+            minibatches=minibatches,
+            totals=self._totals(rows),
             old=remembered() if self.settings.correction != "none" else None,
             reference=remembered() if self._reference_in_loss else None,
         )
+        if count > 1 and step.old is not None:
+            # Later mini-batches are seen first after an update.
+            for batch in self._batches(rows):
+                with torch.no_grad():
+                    now, _ = self._log_probs(batch)
+                step.old[batch.numbers, : batch.mask.shape[1]] = now
+        return step
+
+    def divergences(self, rows: Sequence[TrainRow]) -> list[NDArray[np.float32]]:
+        """Return log_prob - reference [L] of each row's sampled tokens, 0 elsewhere."""
+        found = [np.empty(0, np.float32)] * len(rows)
+        for batch in self._batches(rows):
+            moved = keep(batch.log_probs - self._reference_log_probs(batch), batch.mask)
+            for place, number in enumerate(batch.numbers.tolist()):
+                found[number] = moved[place, : len(rows[number].ids)].cpu().numpy()
+        return found
 
     def with_kl_in_rewards(self, trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """Return the episodes with their KL to the reference, times ``kl_reward``, off the reward.
+        """Return the episodes with their KL to the reference, times its weight, off the reward.
 
         An episode's KL is estimated on what it sampled: sum_t (log_prob_t - reference_t).
         """
@@ -171,16 +213,43 @@ class Updater:
             for row in rows_of(item, advantage=0.0)
         ]
         rows = [row for _, row in numbered]
-        divergences = np.zeros(len(trajectories))
-        for part in micro_batches([len(row.ids) for row in rows], self.budget, self._cost):
-            batch = micro_batch(rows, part, [0] * len(rows), self.device)
-            moved = keep(batch.log_probs - self._reference_log_probs(batch), batch.mask).sum(-1)
-            for place, divergence in zip(part, moved.tolist(), strict=True):
-                divergences[numbered[place][0]] += divergence
+        found = self.divergences(rows)
+        sums = np.zeros(len(trajectories))
+        for (number, _), moved in zip(numbered, found, strict=True):
+            sums[number] += moved.sum()
+        weight = self.kl_weight
+        self._steer_kl(rows, found, len(trajectories))
         return [
-            replace(item, reward=item.reward - self.settings.kl_reward * float(divergence))
-            for item, divergence in zip(trajectories, divergences, strict=True)
+            replace(item, reward=item.reward - weight * float(divergence))
+            for item, divergence in zip(trajectories, sums, strict=True)
         ]
+
+    def with_kl_in_token_rewards(
+        self, rows: Sequence[TrainRow], rollouts: int
+    ) -> Sequence[TrainRow]:
+        """Return the rows with each token's KL, times its weight, off its reward."""
+        if not self.settings.kl_reward:
+            return rows
+        found = self.divergences(rows)
+        weight = self.kl_weight
+        self._steer_kl(rows, found, rollouts)
+        return [
+            replace(row, rewards=row.rewards - np.float32(weight) * moved)
+            for row, moved in zip(rows, found, strict=True)
+        ]
+
+    def _steer_kl(
+        self, rows: Sequence[TrainRow], found: Sequence[NDArray[np.float32]], rollouts: int
+    ) -> None:
+        """Move the KL's weight towards where the KL a token is ``kl_target``, if there is one."""
+        settings = self.settings
+        if settings.kl_target is None:
+            return
+        tokens = sum(int(row.mask.sum()) for row in rows)
+        mean = sum(float(moved.sum()) for moved in found) / max(tokens, 1)
+        self.kl_weight = adapted(
+            self.kl_weight, mean, settings.kl_target, rollouts, settings.kl_horizon
+        )
 
     def accumulate(self, step: StepRows, backward: Backward | None = None) -> Tensor:
         """Leave the gradients of one update over ``step`` and return its loss, detached.
@@ -192,14 +261,17 @@ class Updater:
         Raises:
             ModelError: memory runs out with one row alone.
         """
-        lengths = [len(row.ids) for row in step.rows]
+        numbers = step.numbers
+        step.totals = self._totals([step.rows[number] for number in numbers])
+        lengths = [len(step.rows[number].ids) for number in numbers]
         while True:
             self._sums.clear()
             parts = micro_batches(lengths, self.budget, self._cost)
-            if self._fits(step, parts, backward or torch.autograd.backward):
+            batches = [numbers[part] for part in parts]
+            if self._fits(step, batches, backward or torch.autograd.backward):
                 break
             self._halve(lengths, parts)
-        step.passes += 1
+        step.updates += 1
         padded = sum(len(part) * lengths[part[0]] for part in parts)
         self._sums["tokens"] = step.totals.tokens
         self._sums["micro_batches"] = float(len(parts))
@@ -222,10 +294,11 @@ class Updater:
         """Forget what was added up so far and allow half the tokens a micro-batch."""
         largest = max(len(part) * lengths[part[0]] for part in parts)
         if all(len(part) == 1 for part in parts):
+            held = self.reference is not None and self.reference is not self.module
+            found = savings(self.settings, self.module, largest, reference=held)
             raise ModelError(
-                f"memory ran out with one row of {largest} tokens. Set `lora_rank` (16 is usual) "
-                "or `precision` to bfloat16, lower `max_turns` or `max_new_tokens`, or take a "
-                "smaller model; the last checkpoint is whole."
+                f"memory ran out with one row of {largest} tokens; the last checkpoint is whole. "
+                f"By what it saves, set: {advice(found)}; and train into another folder."
             )
         self.module.zero_grad(set_to_none=True)
         gc.collect()
@@ -240,16 +313,10 @@ class Updater:
     def _share(self, step: StepRows, batch: MicroBatch) -> Tensor:
         """Return this micro-batch's share of the update's loss and remember its figures."""
         settings, mask, totals = self.settings, batch.mask, step.totals
-        if step.passes == 0 and step.reference is not None:
+        if step.first_pass and step.reference is not None:
             step.reference[batch.numbers, : mask.shape[1]] = self._reference_log_probs(batch)
-        now, entropy = log_probs_of(
-            self.module,
-            batch,
-            settings.temperature,
-            plain_head=self.plain_head,
-            autocast=self.autocast,
-        )
-        if step.passes == 0:
+        now, entropy = self._log_probs(batch, entropy_gradient=self._entropy_gradient)
+        if step.updates == 0:
             self._remember(step, batch, now.detach())
         old, advantages = batch.log_probs, batch.advantages
         if step.old is not None:
@@ -270,22 +337,48 @@ class Updater:
                 totals=totals,
                 reference_log_probs=reference,
                 groups=batch.groups,
+                entropies=at_mask(entropy, mask) if self._entropy_gradient else None,
             )
         )
         for name, share in stats.items():
             self._sums[name] += share.detach()
         self._sums["loss"] += value.detach()
-        self._sums["entropy"] += entropy.sum() / max(totals.tokens, 1.0)
+        self._sums["entropy"] += entropy.detach().sum() / max(totals.tokens, 1.0)
         return value
 
     def _remember(self, step: StepRows, batch: MicroBatch, now: Tensor) -> None:
         """Keep the learner's log-probs for a correction, and how far the sampler's are."""
-        if step.old is not None:
+        if step.old is not None and len(step.minibatches) == 1:
             step.old[batch.numbers, : now.shape[1]] = now
         found = mismatch(now, batch.log_probs, batch.mask, step.totals)
         self._sums["mismatch_kl"] += found.kl
         self._sums["engine_gap"] = torch.maximum(
             torch.as_tensor(self._sums["engine_gap"], device=self.device), found.largest
+        )
+
+    def _totals(self, rows: Sequence[TrainRow]) -> Totals:
+        return Totals(
+            tokens=float(sum(int(row.mask.sum()) for row in rows)),
+            sequences=float(sum(bool(row.mask.any()) for row in rows)),
+            length=float(self.settings.max_turns * self.settings.max_new_tokens),
+        )
+
+    def _batches(self, rows: Sequence[TrainRow]) -> Iterator[MicroBatch]:
+        """Yield all rows in micro-batches, for a pass without gradients."""
+        groups = [0] * len(rows)
+        for part in micro_batches([len(row.ids) for row in rows], self.budget, self._cost):
+            yield micro_batch(rows, part, groups, self.device)
+
+    def _log_probs(
+        self, batch: MicroBatch, *, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return log_probs_of(
+            self.module,
+            batch,
+            self.settings.temperature,
+            plain_head=self.plain_head,
+            autocast=self.autocast,
+            entropy_gradient=entropy_gradient,
         )
 
     def _reference_log_probs(self, batch: MicroBatch) -> Tensor:

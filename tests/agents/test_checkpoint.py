@@ -154,7 +154,7 @@ def test_the_plot_is_the_same_bytes_from_the_same_metrics(tmp_path):
     ]
     first = plot_metrics(metrics, tmp_path / "a")
     second = plot_metrics(metrics, tmp_path / "b")
-    assert [path.name for path in first] == ["a.png", "a.svg"]
+    assert [path.name for path in first] == ["a.png", "a.svg", "a_detailed.png"]
     assert first[0].read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in first[1].read_text()
     for one, other in zip(first, second, strict=True):
