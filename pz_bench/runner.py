@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, Protocol
 
 from pz_agents.errors import ModelError
 from pz_bench import store
@@ -90,7 +90,17 @@ def plan(runs: Path, specs: Sequence[CellSpec], *, retry_failed: bool = False) -
         ConfigError: a cell cannot exist (no such agent file, environment, model).
         DataError: a file of the store is broken.
     """
-    return [_job(runs, spec, retry_failed) for spec in specs]
+    reasons: dict[tuple[str, str, str | None], tuple[str, str | None] | None] = {}
+    jobs = [_job(runs, spec, retry_failed) for spec in specs]
+    for job in jobs:
+        if job.state != "owed":
+            continue
+        place = (job.spec.algorithm, job.spec.env, job.spec.model)
+        if place not in reasons:
+            reasons[place] = unavailable(job.spec)
+        if (why := reasons[place]) is not None:
+            job.state, (job.reason, job.command) = "not_run", why
+    return jobs
 
 
 def _job(runs: Path, spec: CellSpec, retry_failed: bool) -> Job:
@@ -104,8 +114,6 @@ def _job(runs: Path, spec: CellSpec, retry_failed: bool) -> Job:
             job.measured_seconds = cell.seconds if cell.status == "done" else 0.0
             if retry_failed and _has_failures(folder, cell):
                 job.state, job.reason = "owed", None
-    if job.state == "owed" and (why := unavailable(spec)) is not None:
-        job.state, (job.reason, job.command) = "not_run", why
     return job
 
 
@@ -187,14 +195,54 @@ def expected_cost(spec: CellSpec) -> float:
     return turns * (1000.0 if is_trained(spec.algorithm) else 30.0 if spec.model else 1.0)
 
 
-def run_jobs(runs: Path, jobs: Sequence[Job], *, workers: int, view: View) -> Board:
+class Process(Protocol):
+    """A running cell, here or on another machine."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to save its state and end."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, at most so long."""
+        ...
+
+    def kill(self) -> None:
+        """End it with whatever it started, and clear up; it may have ended already."""
+        ...
+
+
+Launch = Callable[[Path, Sequence[str], Job | None], Process]
+"""Starts a process in a folder, with more arguments; without a job, one that builds ``tiny``."""
+
+
+def run_jobs(
+    runs: Path,
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    view: View,
+    launch: Launch | None = None,
+    may_not: Callable[[Job], str | None] | None = None,
+) -> Board:
     """Measure every job that is ``owed`` and return how all of them stand.
+
+    Args:
+        runs: the store.
+        jobs: of the run.
+        workers: most processes at once.
+        view: shown what happens.
+        launch: starts a process; None: on this machine.
+        may_not: says why a job may not be started now; it stays owed with that reason.
 
     Raises:
         KeyboardInterrupt: after the children have saved their state and ended.
     """
     board = Board(jobs)
-    pool = _Pool(runs, board, workers, view)
+    pool = _Pool(runs, board, workers, view, launch or LocalProcess, may_not)
     try:
         pool.run()
     finally:
@@ -206,16 +254,25 @@ def run_jobs(runs: Path, jobs: Sequence[Job], *, workers: int, view: View) -> Bo
 class _Child:
     """A running process: of a job, or, without one, of the building of ``tiny``."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     folder: Path
-    log: IO[bytes]
     job: Job | None = None
 
 
 class _Pool:
     """The children of one run."""
 
-    def __init__(self, runs: Path, board: Board, workers: int, view: View) -> None:
+    def __init__(
+        self,
+        runs: Path,
+        board: Board,
+        workers: int,
+        view: View,
+        launch: Launch,
+        may_not: Callable[[Job], str | None] | None,
+    ) -> None:
+        self._launch = launch
+        self._may_not = may_not or (lambda job: None)
         self._runs = runs
         self._board = board
         self._workers = max(workers, 1)
@@ -242,25 +299,26 @@ class _Pool:
             child.process.terminate()
         give_up = time.monotonic() + _GRACE_SECONDS
         for child in self._children:
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            with contextlib.suppress(KeyboardInterrupt):
                 child.process.wait(max(give_up - time.monotonic(), 0.0))
-            _kill_group(child.process)
-            child.process.wait()
-            _close(child)
+            child.process.kill()
         self._children.clear()
 
     def _start_more(self) -> None:
         while len(self._children) < self._workers:
             if self._must_build:
                 self._must_build = False
-                self._children.append(_spawn(self._runs / "models" / "tiny", "--build-tiny"))
+                folder = self._runs / "models" / "tiny"
+                self._children.append(_Child(self._launch(folder, ["--build-tiny"], None), folder))
                 continue
             waiting = "tiny" if self._builder() is not None else ""
             ready = next((job for job in self._queue if job.spec.model != waiting), None)
             if ready is None:
                 return
             self._queue.remove(ready)
-            self._start(ready)
+            ready.reason = self._may_not(ready)
+            if ready.reason is None:
+                self._start(ready)
 
     def _builder(self) -> _Child | None:
         return next((child for child in self._children if child.job is None), None)
@@ -270,7 +328,7 @@ class _Pool:
         if store.read_cell(folder).status != "partial":
             store.reopen_cell(folder)
         job.state, job.began, job.attempts = "running", time.monotonic(), job.attempts + 1
-        self._children.append(_spawn(folder, job=job))
+        self._children.append(_Child(self._launch(folder, [], job), folder, job))
 
     def _look_at(self, child: _Child) -> None:
         code = child.process.poll()
@@ -280,8 +338,7 @@ class _Pool:
         if code is None:
             return
         self._children.remove(child)
-        _kill_group(child.process)
-        _close(child)
+        child.process.kill()
         if child.job is not None:
             self._settle(child.job, child.folder, code)
 
@@ -311,31 +368,53 @@ def _tiny_is_built() -> bool:
     return recipe_folder().is_dir()
 
 
-def _spawn(folder: Path, *arguments: str, job: Job | None = None) -> _Child:
-    """Start a child in a process group of its own, tied to this process by its standard input."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "log.txt", "ab")  # noqa: SIM115  (closed when the child has ended)
-    command = [sys.executable, "-m", "pz_bench.cell_process", str(folder), "--with-parent"]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        env={**dict.fromkeys(_ONE_THREAD, "1"), **os.environ},
-        start_new_session=True,
-    )
-    return _Child(process, folder, log, job)
+class LocalProcess:
+    """A process of this machine, in a group of its own, tied to this one by its standard input."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], job: Job | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = open(folder / "log.txt", "ab")  # noqa: SIM115  (closed when it has ended)
+        self._process = subprocess.Popen(
+            cell_command(str(folder), arguments),
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=cell_environment(),
+            start_new_session=True,
+        )
+
+    def poll(self) -> int | None:
+        """See ``Process``."""
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        """See ``Process``."""
+        self._process.terminate()
+
+    def wait(self, seconds: float) -> None:
+        """See ``Process``."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def kill(self) -> None:
+        """See ``Process``."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._log.close()
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def cell_command(folder: str, arguments: Sequence[str]) -> list[str]:
+    """Return the command line of a cell's process."""
+    module = ["-m", "pz_bench.cell_process", folder, "--with-parent"]
+    return [sys.executable, *module, *arguments]
 
 
-def _close(child: _Child) -> None:
-    if child.process.stdin is not None:
-        child.process.stdin.close()
-    child.log.close()
+def cell_environment() -> dict[str, str]:
+    """Return the environment of a cell's process: one thread, where nothing else was said."""
+    return {**dict.fromkeys(_ONE_THREAD, "1"), **os.environ}
 
 
 def _read_progress(folder: Path) -> Mapping[str, Any]:

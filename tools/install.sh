@@ -51,7 +51,7 @@ say "installing torch ($(nvidia-smi -L >/dev/null 2>&1 && echo GPU || echo CPU))
 "${pip[@]}" -c constraints.txt ${torch_index[@]+"${torch_index[@]}"} "$(grep -E '^torch==' constraints.txt)"
 
 say "installing pz-envs, pz-agents, pz-bench and their tools"
-"${pip[@]}" -c constraints.txt -e './pz_envs[math]' -e './pz_agents[train,openai,search]' -e ./pz_bench \
+"${pip[@]}" -c constraints.txt -e './pz_envs[math]' -e './pz_agents[train,openai,search,ray]' -e ./pz_bench \
   pytest pytest-timeout pytest-xdist hypothesis ruff mypy types-PyYAML
 # Wheels that ask for more than pz calls: jericho's for spaCy (234 MB), and textworld's for jericho;
 # rliable's for a plotting stack, where the tests compare with its metrics alone.

@@ -8,6 +8,7 @@ one process.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -23,7 +24,10 @@ from typing import Any
 from pz_agents.algorithms import load_trainer
 from pz_agents.config import parse_settings
 from pz_agents.rollout import ExperienceStore
+from pz_agents.rollout.budget import FailureBudget
+from pz_agents.runtime import open_runtime
 from pz_agents.training import checkpoint
+from pz_agents.training.fleet import Fleet
 from pz_agents.training.player import Player
 from pz_agents.training.plots import plot_bench
 from pz_agents.training.run import OnProgress, train
@@ -64,9 +68,14 @@ def train_both(
 ) -> Path:
     """Play and train; in one process where they take turns, else with an explorer beside this one.
 
+    Where the settings ask for workers, engines or Ray, a fleet plays.
+
     Raises:
-        InfraError: the explorer died three times without adding anything.
+        ConfigError: Ray is asked for and does not start.
+        InfraError: the explorer died three times without adding anything; so did the fleet.
     """
+    if settings.has_fleet:
+        return _train_with_fleet(settings, Path(folder), resume, on_progress)
     if settings.batches_ahead == 0:
         return train(settings, folder, resume=resume, on_progress=on_progress)
     explorer = _Explorer(Path(folder))
@@ -74,6 +83,17 @@ def train_both(
         return train(settings, folder, resume=resume, on_progress=on_progress, wait=explorer.wait)
     finally:
         explorer.stop()
+
+
+def _train_with_fleet(
+    settings: TrainSettings, folder: Path, resume: str, on_progress: OnProgress | None
+) -> Path:
+    found = checkpoint.steps_in(folder / "checkpoints")
+    if resume == "auto" and found and checkpoint.step_of(found[0]) >= settings.steps:
+        return train(settings, folder, on_progress=on_progress)
+    with contextlib.closing(open_runtime(settings.runtime)) as runtime:
+        fleet = Fleet(settings, runtime)
+        return train(settings, folder, resume=resume, on_progress=on_progress, fleet=fleet)
 
 
 def train_only(
@@ -133,6 +153,7 @@ def explore(
         return 0
     limit = (settings.batches_ahead + 1) * settings.groups_per_step
     played = number = step = 0
+    budget = FailureBudget()
     with ExperienceStore(folder / "experience.db", "explorer") as store:
         player = Player(settings)
         batch = store.batches
@@ -150,7 +171,9 @@ def explore(
                     continue
                 number, step = latest.number, latest.step
             batch += 1
-            store.append(player.play(batch), step, batch=batch)
+            episodes = player.play(batch)
+            budget.add(episodes)
+            store.append(episodes, step, batch=batch)
             played += 1
             if on_batch is not None:
                 on_batch(batch, step)

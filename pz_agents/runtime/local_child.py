@@ -1,0 +1,85 @@
+"""The child side of ``local``: one object, served over a unix socket to whoever connects.
+
+Connections have a thread each; the object serves one call at a time. The process ends when its
+parent closes the socket between them, which its death does too, whatever the object is doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from pz_agents.runtime import described, served
+from pz_envs.worker_child import encode, load_factory, receive
+
+
+def main(path: str, descriptor: int) -> None:
+    """Build the object that the parent names and serve it.
+
+    Args:
+        path: of the socket to listen on.
+        descriptor: of the socket that the parent holds the other end of.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    parent = socket.socket(fileno=descriptor)
+    first = receive(parent)
+    watched = (parent, os.path.dirname(path))
+    threading.Thread(target=_end_with_parent, args=watched, daemon=True).start()
+    target: Any = None
+    failure: list[str] | None = None
+    try:
+        target = load_factory(first["factory"])(**first["kwargs"])
+    except Exception as error:  # the process boundary: whoever calls is told
+        failure = described(error)
+    listener = socket.socket(socket.AF_UNIX)
+    # Under another name first: who finds the socket finds it listening.
+    listener.bind(f"{path}.new")
+    listener.listen(64)
+    os.rename(f"{path}.new", path)
+    turn = threading.Lock()
+    while True:
+        connection, _ = listener.accept()
+        arguments = (connection, target, failure, turn)
+        threading.Thread(target=_answer, args=arguments, daemon=True).start()
+
+
+def _answer(
+    connection: socket.socket, target: Any, failure: list[str] | None, turn: threading.Lock
+) -> None:
+    with connection:
+        try:
+            method, args = receive(connection)
+            with turn:
+                reply = [False, failure] if failure else served(target, method, _resolved(args))
+            connection.sendall(_frame(reply))
+        except OSError:
+            return  # whoever asked has gone
+
+
+def _resolved(args: list[Any]) -> list[Any]:
+    """Put the bytes in the place of those arguments that name a shared file."""
+    return [
+        Path(a["$shared"]).read_bytes() if isinstance(a, dict) and a.keys() == {"$shared"} else a
+        for a in args
+    ]
+
+
+def _frame(reply: list[Any]) -> bytes:
+    try:
+        return encode(reply)
+    except (TypeError, ValueError) as error:
+        return encode([False, described(error)])
+
+
+def _end_with_parent(parent: socket.socket, folder: str) -> None:
+    """Wait for the parent's end; the folder of its sockets and shared bytes goes as well."""
+    with contextlib.suppress(OSError):
+        parent.recv(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
