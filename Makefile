@@ -1,5 +1,7 @@
 # make bench   install and run the starter matrix to a leaderboard
 # make test    install and run every test;  make test-fast leaves the slow ones out
+# make docs    the site, in site/;  make test-docs runs every snippet of README and docs
+# make test-vllm   the vLLM backend for real, on a CPU, in an environment of its own
 # make lint    ruff, ruff format, mypy, the import-direction test
 
 SHELL := /bin/bash
@@ -11,7 +13,7 @@ ifneq ($(wildcard ../shared/data),)
 export PZ_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: bench test test-fast lint format clean install
+.PHONY: bench test test-fast test-vllm test-docs docs lint format clean install
 
 install: $(INSTALLED)
 
@@ -28,6 +30,17 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	@$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+
+test-vllm:
+	@bash tools/test-vllm.sh
+
+docs: $(INSTALLED)
+	@$(BIN)/pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-docs: $(INSTALLED)
+	@$(BIN)/pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@PZ_DOCS=all NO_MKDOCS_2_WARNING=1 $(BIN)/pytest -n auto --dist worksteal tests/docs
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

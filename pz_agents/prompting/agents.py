@@ -1,4 +1,4 @@
-"""Agents that prompt a language model: one sample a turn, or the best of several.
+"""The plain prompted agent, on which every other one is built: one sample a turn.
 
 Each episode has its own conversation; one call of ``act`` is one call of ``generate`` for all its
 turns. What was sampled is recorded token for token in ``Action.sample``, so that training and
@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from pz_agents.models.protocol import (
     Completion,
     GenerateRequest,
@@ -23,8 +21,6 @@ from pz_agents.prompting.conversation import Conversation, reply_tag
 from pz_agents.prompting.templates import Template, find_template, spelled_out
 from pz_agents.sdk.types import Action, Ids, Sample, Trajectory, Turn
 from pz_envs.errors import ConfigError
-from pz_envs.replies import parse_reply
-from pz_envs.seeding import derive_seed
 
 
 class ZeroShot:
@@ -101,8 +97,13 @@ class ZeroShot:
         """Return the episode's conversation; a first turn begins a new one."""
         key = turn.episode.key
         if turn.index == 0 or key not in self._conversations:
-            self._conversations[key] = Conversation(self.model, self.template, self._max_new_tokens)
+            template = self._template_for(turn)
+            self._conversations[key] = Conversation(self.model, template, self._max_new_tokens)
         return self._conversations[key]
+
+    def _template_for(self, turn: Turn) -> Template:
+        """Return the template of the episode that ``turn`` begins; others say more in theirs."""
+        return self.template
 
     def _request(self, prompt: Ids, seed: int) -> GenerateRequest:
         return GenerateRequest(
@@ -119,76 +120,6 @@ class ZeroShot:
         commands = turn.info.get("admissible_commands")
         text = spelled_out(self.template, completion.text, reply_tag(turn), commands)
         return Action(text, _sample(prompt, completion, self._temperature))
-
-
-class BestOfN(ZeroShot):
-    """Samples ``n`` replies a turn and plays the likeliest well-formed one.
-
-    A reply is well formed when it obeys the tag format; among those (or among all, when there is
-    none) the highest mean log-prob a token wins, the earliest on a tie. Nothing is tried out in
-    the environment and no score is looked at. The sample that is recorded is the chosen one, so
-    its log-probs are not those of the distribution it was drawn from: evaluate with this agent,
-    do not train with it.
-
-    Args:
-        model: the policy.
-        n: samples a turn.
-        **options: those of ``ZeroShot``; ``temperature`` must be above 0.
-
-    Raises:
-        ConfigError: an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        n: int = 4,
-        temperature: float = 1.0,
-        max_new_tokens: int | None = None,
-        template: str | Template | None = None,
-        history: int | None = None,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ) -> None:
-        super().__init__(model, temperature, max_new_tokens, template, history, top_p, top_k)
-        if n < 1:
-            raise ConfigError(f"n={n}: allowed are 1 and above")
-        if temperature == 0 and n > 1:
-            raise ConfigError("temperature=0 makes all n samples equal; give one above 0")
-        self._n = n
-
-    def act(self, turns: Sequence[Turn]) -> list[Action]:
-        """Return the chosen action a turn; ``notes`` has ``well_formed``, how many of n were."""
-        prompts = [self._begin(turn).prompt_ids(turn) for turn in turns]
-        completions = self.model.generate(
-            [
-                self._request(prompt, derive_seed(turn.seed, "candidate", number))
-                for prompt, turn in zip(prompts, turns, strict=True)
-                for number in range(self._n)
-            ]
-        )
-        actions = []
-        for index, (turn, prompt) in enumerate(zip(turns, prompts, strict=True)):
-            candidates = completions[index * self._n : (index + 1) * self._n]
-            chosen, well_formed = _likeliest(candidates, reply_tag(turn))
-            action = self._take(turn, prompt, chosen)
-            actions.append(replace(action, notes={"well_formed": well_formed}))
-        return actions
-
-
-def _likeliest(candidates: Sequence[Completion], tag: str) -> tuple[Completion, int]:
-    """Return the well-formed candidate with the highest mean log-prob, and how many were."""
-    replies = [parse_reply(candidate.text, tag, "tags") for candidate in candidates]
-    well_formed = [
-        candidate
-        for candidate, reply in zip(candidates, replies, strict=True)
-        if reply.command is not None and reply.problem is None
-    ]
-    return max(well_formed or candidates, key=_mean_log_prob), len(well_formed)
-
-
-def _mean_log_prob(completion: Completion) -> float:
-    return float(np.mean(completion.log_probs)) if len(completion.log_probs) else -math.inf
 
 
 def _sample(prompt: Ids, completion: Completion, temperature: float) -> Sample | None:

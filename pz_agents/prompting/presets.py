@@ -39,10 +39,14 @@ class Preset:
     history: int | None = None
 
     @property
+    def rules(self) -> str:
+        """How the game goes and how to play it well, with ``{instruction}``."""
+        return "\n\n".join(part for part in ("{instruction}", self.advice) if part)
+
+    @property
     def system(self) -> str:
-        """The system message, with ``{instruction}`` and ``{tag}``."""
-        parts = ("{instruction}", self.advice, _THINK_THEN_ACT)
-        return "\n\n".join(part for part in parts if part)
+        """The system message: the rules and the reply's format, with ``{tag}``."""
+        return f"{self.rules}\n\n{_THINK_THEN_ACT}"
 
 
 GENERIC = Preset(family="", reminder="")

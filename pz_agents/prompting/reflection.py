@@ -72,6 +72,7 @@ you answer.", "retry_from_step": 1}"""
 
 _SHORT_SYSTEM = "Reflect on the log. Write JSON: " + ", ".join(FIELDS)
 
+_REQUESTS = (_SYSTEM, _SHORT_SYSTEM, "")
 _ASK = "\n\nReflect on this episode. Answer with the JSON object."
 
 _GUIDANCE = """\
@@ -130,7 +131,11 @@ def episode_log(
 
 
 def reflection_prompts(
-    model: LanguageModel, episodes: Sequence[tuple[Trajectory, str]], room: int
+    model: LanguageModel,
+    episodes: Sequence[tuple[Trajectory, str]],
+    room: int,
+    requests: Sequence[str] = _REQUESTS,
+    ask: str = _ASK,
 ) -> list[Ids]:
     """Return for each episode the prompt [P], P <= room, that asks for a report on it.
 
@@ -141,14 +146,16 @@ def reflection_prompts(
         model: renders the messages.
         episodes: finished episodes and the rules that their player was told.
         room: most tokens of a prompt.
+        requests: the system message that asks, from the fullest to the shortest.
+        ask: ends the log, where there is a system message.
 
     Raises:
         ModelError: not even an empty log fits.
     """
-    for system in (_SYSTEM, _SHORT_SYSTEM, ""):
-        taken = len(_prompt(model, system, ""))
+    for system in requests:
+        taken = len(_prompt(model, system, "", ask))
         if taken <= room * 2 // 3:
-            return [_fitted(model, system, item, room, taken) for item in episodes]
+            return [_fitted(model, (system, ask), item, room, taken) for item in episodes]
     raise ModelError(
         f"{model.name} has {room} tokens for a request to reflect, too few for any; "
         "use a model with a longer context, or a reflector that is not the model"
@@ -156,29 +163,34 @@ def reflection_prompts(
 
 
 def _fitted(
-    model: LanguageModel, system: str, episode: tuple[Trajectory, str], room: int, taken: int
+    model: LanguageModel,
+    request: tuple[str, str],
+    episode: tuple[Trajectory, str],
+    room: int,
+    taken: int,
 ) -> Ids:
+    system, ask = request
     log = ""
     for chars in _OBSERVATION_CHARS:
         shorter = episode_log(*episode, chars)
         if shorter == log:
             continue
         log = shorter
-        ids = _prompt(model, system, log)
+        ids = _prompt(model, system, log, ask)
         if len(ids) <= room:
             return ids
     while len(ids) > room:
         # As many characters as the tokens there are room for would hold, and a few less.
         share = (room - taken) / (len(ids) - taken)
         log = clip(log, min(int(len(log) * share * 0.95), len(log) - 1))
-        ids = _prompt(model, system, log)
+        ids = _prompt(model, system, log, ask)
     return ids
 
 
-def _prompt(model: LanguageModel, system: str, log: str) -> Ids:
+def _prompt(model: LanguageModel, system: str, log: str, ask: str) -> Ids:
     if not system:
         return model.render([{"role": "user", "content": log}])
-    user: Message = {"role": "user", "content": log + _ASK}
+    user: Message = {"role": "user", "content": log + ask}
     return model.render([{"role": "system", "content": system}, user])
 
 

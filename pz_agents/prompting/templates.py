@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pz_agents.prompting.presets import GENERIC, PRESETS
+from pz_agents.prompting.presets import GENERIC, PRESETS, Preset
 from pz_envs.errors import ConfigError, did_you_mean
 from pz_envs.replies import parse_reply
 
@@ -27,7 +27,8 @@ class Template:
     commands: put behind ``user`` when commands are known, with ``{commands}``.
     separator: between commands.
     reminder: ends every turn.
-    by_family: the family's preset says all of the above, ``{system}`` being its system message,
+    by_family: the family's preset says all of the above, ``{system}`` being its system message
+        and ``{rules}`` that without the reply's format; the reminder where the template has none,
         and ``history`` where that is -1.
     numbered: list commands as ``1 north``; a reply that is a number then means that command.
     history: most past turns that a prompt shows; None is the whole conversation.
@@ -87,14 +88,20 @@ def for_family(template: Template, family: str | None) -> Template:
     preset = GENERIC if family is None else PRESETS.get(family, GENERIC)
     return replace(
         template,
-        system=template.system.replace("{system}", preset.system, 1),
+        system=_with_rules(template.system, preset),
         user=preset.user,
         commands=preset.commands,
         separator=preset.separator,
-        reminder=preset.reminder,
+        reminder=template.reminder or preset.reminder,
         history=preset.history if template.history == -1 else template.history,
         by_family=False,
     )
+
+
+def _with_rules(system: str, preset: Preset) -> str:
+    """Return ``system`` with the preset's words where its first placeholder stands."""
+    name = "{rules}" if system.startswith("{rules}") else "{system}"
+    return system.replace(name, preset.rules if name == "{rules}" else preset.system, 1)
 
 
 def system_text(template: Template, instruction: str, tag: str) -> str:
