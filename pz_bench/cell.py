@@ -82,6 +82,10 @@ class CellSpec(Settings):
     @property
     def player(self) -> str:
         """Who plays, as a table shows it: an agent from a file by file name, not by folder."""
+        if self.algorithm.startswith("external:"):
+            words = self.algorithm.removeprefix("external:").split(" ")
+            names = (Path(word).name if Path(word).is_file() else word for word in words)
+            return f"external:{' '.join(names)}"
         location, colon, name = self.algorithm.rpartition(":")
         is_file = colon and location.endswith(".py")
         return f"{Path(location).name}:{name}" if is_file else self.algorithm
@@ -356,7 +360,15 @@ def _data_identity(env_id: str) -> Mapping[str, str]:
 
 
 def _source_hash(algorithm: str) -> str | None:
-    """Return the sha256 of the file an agent is defined in, None for a name without a colon."""
+    """Return the sha256 of the file an agent is defined in, None for a name without a colon.
+
+    Of a program (``external:COMMAND``), that of the files its command names.
+    """
+    if algorithm.startswith("external:"):
+        from pz_agents.sdk.external import command_files
+
+        hashes = [sha256_file(path) for path in command_files(algorithm.removeprefix("external:"))]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     location, colon, _ = algorithm.rpartition(":")
     if not colon:
         return None

@@ -55,19 +55,29 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Tells the parent how far the cell is, through a small file, a few times a second."""
+    """Tells the parent how far the cell is, through a small file, a few times a second.
+
+    Beside ``done`` of ``total`` it says where the phase began (``from``) and its ``seconds`` so
+    far, from which a reader can tell what is left.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS
         self._last = 0.0
+        self._phase = ""
+        self._began = 0.0
+        self._from = 0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Report ``done`` of ``total`` in ``phase``; the first and last report are always seen."""
         now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._began, self._from = phase, now, done
         if 0 < done < total and now - self._last < 0.5:
             return
         self._last = now
-        write_atomic(self._path, json.dumps({"phase": phase, "done": done, "total": total}))
+        values = {"phase": phase, "done": done, "total": total, "from": self._from}
+        write_atomic(self._path, json.dumps(values | {"seconds": round(now - self._began, 3)}))
 
 
 def measure(folder: Path) -> None:

@@ -6,19 +6,45 @@ owed, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pz_bench import cli_reading
+from pz_bench.options import (
+    FAILED,
+    GPU_PRICE,
+    INCOMPLETE,
+    INTERRUPTED,
+    OK,
+    OUT,
+    RUNS,
+    USAGE,
+    AgentOption,
+    EnvOption,
+    EpisodesOption,
+    GpuPriceOption,
+    JsonOption,
+    MatrixOption,
+    ModelOption,
+    OutOption,
+    PriceOption,
+    RetryOption,
+    RunsOption,
+    SeedsOption,
+    SetOption,
+    SuiteOption,
+    console,
+)
+
 if TYPE_CHECKING:
     from pz_bench.matrix import Matrix
-    from pz_bench.runner import Job
-
-OK, FAILED, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+    from pz_bench.runner import Job, Launch
 
 app = typer.Typer(
     name="pz-bench",
@@ -29,40 +55,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-MatrixOption = Annotated[
-    str | None,
-    typer.Option("--matrix", "-m", help="A built-in matrix or a file; alone it means starter."),
-]
-AgentOption = Annotated[
-    list[str] | None,
-    typer.Option("--agent", "-a", help="An agent: name, package.module:Name or file.py:Name."),
-]
-EnvOption = Annotated[
-    list[str] | None, typer.Option("--env", "-e", help="An environment id, or a glob over them.")
-]
-EpisodesOption = Annotated[
-    int | None, typer.Option("--episodes", "-n", min=1, help="Episodes a cell.")
-]
-ModelOption = Annotated[
-    list[str] | None,
-    typer.Option("--model", "--models", help="Language models, for agents that need one: a,b."),
-]
-SeedsOption = Annotated[str | None, typer.Option("--seeds", help="Seeds, e.g. 0,1,2.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change the matrix, e.g. episodes=8 or rows.0.max_turns=50."),
-]
-SuiteOption = Annotated[str | None, typer.Option("--suite", help="The leaderboard's name.")]
-RunsOption = Annotated[Path, typer.Option("--runs", help="The store.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Where leaderboards are written.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RetryOption = Annotated[
-    bool, typer.Option("--retry-failed", help="Owe failed cells and failed episodes again.")
-]
+cli_reading.register(app)
 
-RUNS = Path("runs")
-OUT = Path("leaderboards")
-GPU_PRICE = 2.5
+init_app = typer.Typer(help="Write a working template.", no_args_is_help=True)
+app.add_typer(init_app, name="init")
 
 
 @app.command()
@@ -80,6 +76,12 @@ def run(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Cells at once; default: cores.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|local|ADDRESS", help="Measure on a Ray cluster, or a Ray of our own."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Measure at most this many cells now.")
     ] = None,
@@ -88,17 +90,24 @@ def run(
         list[str] | None,
         typer.Option("--fresh", help="Measure this cell again from nothing (its id, or `all`)."),
     ] = None,
+    max_usd: Annotated[
+        float | None,
+        typer.Option("--max-usd", min=0, help="Start no cell that would make the study dearer."),
+    ] = None,
+    price: PriceOption = None,
+    gpu_price: GpuPriceOption = GPU_PRICE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
 ) -> None:
     """Measure what a matrix, or -a and -e, still owes; then write and print the leaderboard."""
-    from pz_bench import live, runner
+    from pz_bench import budget, live, runner
 
     chosen = _choose(matrix, agent, env, episodes, model, seeds, set_, suite)
+    chosen = _limited(chosen, max_usd, price)
     cells = _plan(chosen, runs, retry_failed)
     if dry_run:
         from pz_bench import plan as planning
 
-        typer.echo(planning.to_text(planning.lines(cells), GPU_PRICE))
+        typer.echo(planning.to_text(planning.lines(cells, chosen.prices), gpu_price))
         _explain(cells)
         return
     if fresh:
@@ -106,9 +115,15 @@ def run(
     _remember(runs, chosen, cells, by_hand=matrix is None)
     owed = [cell for cell in cells if cell.state == "owed"]
     if owed:
-        console = _console()
-        with live.view(console) as view:
-            board = runner.run_jobs(runs, owed[:limit], workers=jobs or _cores(), view=view)
+        with _place(ray) as (cores, launch), live.view(console()) as view:
+            board = runner.run_jobs(
+                runs,
+                owed[:limit],
+                workers=jobs or cores,
+                view=view,
+                launch=launch,
+                may_not=budget.gate(runs, cells, chosen.limits, chosen.prices, gpu_price),
+            )
         typer.echo(live.head(board))
     else:
         typer.echo(_nothing_to_do(cells))
@@ -129,43 +144,20 @@ def plan(
     suite: SuiteOption = None,
     runs: RunsOption = RUNS,
     retry_failed: RetryOption = False,
-    gpu_price: Annotated[
-        float, typer.Option("--gpu-price", min=0, help="Of one GPU for one hour, in dollars.")
-    ] = GPU_PRICE,
+    price: PriceOption = None,
+    gpu_price: GpuPriceOption = GPU_PRICE,
     as_json: JsonOption = False,
 ) -> None:
     """Say which cells `run` with the same options would measure, and what they would take."""
     from pz_bench import plan as planning
 
     chosen = _choose(matrix, agent, env, episodes, model, seeds, set_, suite)
-    lines = planning.lines(_plan(chosen, runs, retry_failed))
+    chosen = _limited(chosen, None, price)
+    lines = planning.lines(_plan(chosen, runs, retry_failed), chosen.prices)
     text = planning.to_json(lines, gpu_price) if as_json else planning.to_text(lines, gpu_price)
     typer.echo(text)
     if not as_json:
         _explain([line.job for line in lines])
-
-
-@app.command()
-def status(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
-    """Say how every suite of the store stands."""
-    import json
-    from collections import Counter
-
-    from pz_bench import store
-
-    names = store.suite_names(runs)
-    counts = {
-        name: dict(Counter(_state(runs, cell) for cell in store.read_suite(runs, name).cells))
-        for name in names
-    }
-    if as_json:
-        typer.echo(json.dumps(counts, indent=1, sort_keys=True))
-        return
-    if not names:
-        typer.echo(f"{runs} holds no suite yet; pz-bench run --matrix starts one")
-    for name, states in counts.items():
-        parts = [f"{number} {state.replace('_', ' ')}" for state, number in sorted(states.items())]
-        typer.echo(f"{name}: {sum(states.values())} cells: {', '.join(parts)}")
 
 
 @app.command()
@@ -176,117 +168,85 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if store or tables were changed.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the leaderboards anew from the store; with --check, compare them instead."""
+    import json
+
     from pz_bench import store
     from pz_envs.errors import ConfigError
 
     names = store.suite_names(runs) if suite is None else (suite,)
     if not names:
         raise ConfigError(f"{runs} holds no suite yet. Begin with: pz-bench run --matrix")
-    if not check:
+    if not check and not as_json:
         problems = [problem for name in names for problem in _report(runs, name, out)]
         raise typer.Exit(FAILED if problems else OK)
-    problems = store.verify(runs) or _differences(runs, names, out)
+    problems = store.verify(runs)
+    written: list[str] = []
+    if not problems and check:
+        problems = _differences(runs, names, out)
+    elif not problems:
+        from pz_bench.publish import publish
+
+        written = [str(path) for name in names for path in publish(runs, name, out)[1]]
+    if as_json:
+        typer.echo(json.dumps({"suites": names, "written": written, "problems": problems}))
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
         raise typer.Exit(FAILED)
-    cells = len(store.cell_folders(runs))
-    typer.echo(f"ok: {cells} cells and the tables of {', '.join(names)} are as they were written")
+    if not as_json:
+        cells = len(store.cell_folders(runs))
+        named = ", ".join(names)
+        typer.echo(f"ok: {cells} cells and the tables of {named} are as they were written")
 
 
 @app.command()
 def merge(
     other: Annotated[list[Path], typer.Argument(help="Stores of other machines.")],
     runs: RunsOption = RUNS,
-) -> None:
-    """Bring the cells of other stores into this one; they are only read."""
-    from pz_bench.merge import merge as merge_stores
-
-    conflicts = 0
-    for folder in other:
-        done = merge_stores(runs, folder)
-        conflicts += len(done.conflicts)
-        typer.echo(
-            f"{folder}: {len(done.copied)} cells copied, {len(done.replaced)} replaced by fuller "
-            f"ones, {len(done.equal)} here already"
-        )
-        for cell in done.conflicts:
-            typer.echo(
-                f"{runs / cell} and {folder / cell} are both done and differ; ours was kept. To "
-                f"take theirs: rm -r {runs / cell}, then merge again",
-                err=True,
-            )
-    raise typer.Exit(FAILED if conflicts else OK)
-
-
-@app.command()
-def ls(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
-    """List the cells of the store."""
-    import json
-
-    from pz_bench import store
-
-    lines = []
-    for folder in store.cell_folders(runs):
-        cell = store.read_cell(folder)
-        lines.append(
-            {
-                "id": cell.id,
-                "status": cell.status,
-                "episodes": len(store.read_episodes(folder)),
-                "of": cell.spec.episodes,
-                "seconds": cell.seconds,
-                "title": cell.spec.title,
-                "reason": cell.reason,
-            }
-        )
-    if as_json:
-        typer.echo(json.dumps(lines, indent=1))
-        return
-    for entry in lines:
-        count = f"{entry['episodes']}/{entry['of']}"
-        typer.echo(f"{entry['id']}  {entry['status']:8} {count:>9}  {entry['title']}")
-    if not lines:
-        typer.echo(f"{runs} holds no cell yet; pz-bench run --matrix starts some")
-
-
-@app.command()
-def view(
-    episode: Annotated[list[str], typer.Argument(help="CELL or CELL:EPISODE; two stand abreast.")],
-    runs: RunsOption = RUNS,
-    failed: Annotated[bool, typer.Option("--failed", help="Leave out what succeeded.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page instead.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a cell's episodes, or one of them turn by turn."""
-    from pz_bench import view as viewing
-    from pz_envs.files import write_atomic
+    """Bring the cells of other stores into this one; they are only read."""
+    import json
+    from dataclasses import asdict
 
-    shown = [viewing.find(runs, each, failed_only=failed) for each in episode]
-    if html is not None:
-        write_atomic(html, viewing.to_html(shown))
-        typer.echo(f"written: {html}")
-    elif as_json:
-        typer.echo("\n".join(map(viewing.to_json, shown)))
-    elif len(shown) == 2 and all(":" in each for each in episode):
-        _console().print(viewing.side_by_side(*shown))
-    else:
-        for name, each in zip(episode, shown, strict=True):
-            picture = viewing.turn_by_turn if ":" in name else viewing.overview
-            _console().print(picture(each))
+    from pz_bench.merge import merge as merge_stores
+
+    found = {str(folder): merge_stores(runs, folder) for folder in other}
+    if as_json:
+        typer.echo(json.dumps({folder: asdict(done) for folder, done in found.items()}, indent=1))
+    for folder, done in found.items():
+        if not as_json:
+            typer.echo(
+                f"{folder}: {len(done.copied)} cells copied, {len(done.replaced)} replaced by "
+                f"fuller ones, {len(done.equal)} here already"
+            )
+        for cell in done.conflicts:
+            typer.echo(
+                f"{runs / cell} and {Path(folder) / cell} are both done and differ; ours was kept. "
+                f"To take theirs: rm -r {runs / cell}, then merge again",
+                err=True,
+            )
+    raise typer.Exit(FAILED if any(done.conflicts for done in found.values()) else OK)
 
 
-@app.command()
-def doctor(runs: RunsOption = RUNS) -> None:
-    """Say what works here, and what to type about what does not."""
-    from pz_bench.doctor import findings
+@init_app.command("agent")
+def init_agent(
+    name: Annotated[str, typer.Argument(help="Of the agent, e.g. my-agent.")],
+    with_model: Annotated[
+        bool, typer.Option("--with-model", help="One that prompts a language model.")
+    ] = False,
+    parent: Annotated[Path, typer.Option("--in", help="Where its folder goes.")] = Path(),
+) -> None:
+    """Write a folder with an agent that works, its test, its packaging and a README."""
+    from pz_bench.scaffold import write_agent
 
-    found = findings(runs)
-    for finding in found:
-        typer.echo(f"{'ok     ' if finding.ok else 'missing'} {finding.text}")
-    raise typer.Exit(FAILED if any(finding.fatal for finding in found) else OK)
+    files = write_agent(name, parent, with_model=with_model)
+    for file in files:
+        typer.echo(f"written: {file}")
+    typer.echo(f"next: cd {files[0].parent} && pytest")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -355,6 +315,17 @@ def _choose(
     return load_matrix(matrix, changes)
 
 
+def _limited(chosen: Matrix, max_usd: float | None, prices: list[str] | None) -> Matrix:
+    """Return the matrix with the limit and the prices of the command line before its own."""
+    from pz_bench.budget import parse_price
+
+    limits = chosen.limits
+    if max_usd is not None:
+        limits = limits.model_copy(update={"usd": max_usd})
+    given = dict(map(parse_price, prices or ()))
+    return chosen.model_copy(update={"limits": limits, "prices": {**given, **chosen.prices}})
+
+
 def _plan(chosen: Matrix, runs: Path, retry_failed: bool) -> list[Job]:
     from pz_bench.matrix import expand
     from pz_bench.runner import plan
@@ -366,7 +337,7 @@ def _explain(cells: Sequence[Job]) -> None:
     """Print, each reason once, why cells failed or could not be run."""
     said: dict[str, int] = {}
     for cell in cells:
-        if cell.state in ("failed", "not_run", "locked"):
+        if cell.state in ("failed", "not_run", "locked") or (cell.state == "owed" and cell.reason):
             where = cell.spec.env if cell.state == "not_run" else cell.spec.title
             command = f" Get it: {cell.command}" if cell.command else ""
             text = f"{cell.state.replace('_', ' ')}: {where}: {cell.reason}{command}"
@@ -412,7 +383,7 @@ def _report(runs: Path, name: str, out: Path) -> list[str]:
         typer.echo(problem, err=True)
     if not problems:
         leaderboard, files = publish(runs, name, out)
-        _console().print(report.render_terminal(leaderboard))
+        console().print(report.render_terminal(leaderboard))
         typer.echo("written: " + ", ".join(str(path) for path in files))
     return problems
 
@@ -421,20 +392,6 @@ def _differences(runs: Path, names: Sequence[str], out: Path) -> list[str]:
     from pz_bench.publish import differences
 
     return differences(runs, names, out)
-
-
-def _state(runs: Path, cell: Any) -> str:
-    """Return how a suite's cell stands, ``running`` when a process is writing it now."""
-    from pz_bench import store
-    from pz_bench.lock import holder
-
-    folder = store.cell_folder(runs, cell.id)
-    if not (folder / store.CELL).exists():
-        return "owed" if cell.reason is None else "not_run"
-    if holder(folder) is not None:
-        return "running"
-    found = store.read_cell(folder).status
-    return "owed" if found == "partial" else found
 
 
 def _exit_code(cells: Sequence[Job]) -> int:
@@ -446,10 +403,17 @@ def _exit_code(cells: Sequence[Job]) -> int:
     return OK
 
 
-def _console() -> Any:
-    from rich.console import Console
+@contextlib.contextmanager
+def _place(ray: str | None) -> Iterator[tuple[int, Launch | None]]:
+    """Yield how many cells fit at once, and what starts them where that is not this machine."""
+    if ray is None:
+        yield _cores(), None
+        return
+    from pz_agents.runtime import open_runtime, ray_runtime
+    from pz_bench.ray_cells import Launcher
 
-    return Console()
+    with contextlib.closing(open_runtime(ray_runtime(ray))) as runtime:
+        yield max(int(runtime.total().cpus), 1), Launcher(runtime)
 
 
 def _cores() -> int:

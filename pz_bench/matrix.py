@@ -19,6 +19,7 @@ import pydantic
 import yaml
 
 from pz_agents.config import Settings, parse_settings
+from pz_bench.budget import Limits, Price
 from pz_bench.cell import CellSpec, check_algorithm, is_trained, training_settings, uses_model
 from pz_envs.errors import ConfigError, did_you_mean
 
@@ -128,6 +129,12 @@ class Matrix(Settings):
     exclude: tuple[Exclude, ...] = ()
     """Cells to leave out."""
 
+    limits: Limits = Limits()
+    """What all cells may spend together; no cell is started that would go beyond it."""
+
+    prices: Mapping[str, Price] = {}
+    """Dollars for a million tokens, by glob over models."""
+
 
 def matrix_names() -> tuple[str, ...]:
     """Return the names of the built-in matrices."""
@@ -214,8 +221,9 @@ def _expand_row(matrix: Matrix, row: Row, where: str) -> list[CellSpec]:
     for algorithm in map(_absolute, row.algorithms):
         check_algorithm(algorithm)
         trained = is_trained(algorithm)
+        models = _models(algorithm, row.models, where)
         for env_id, env_turns in environments:
-            for model in _models(algorithm, row.models, where):
+            for model in models:
                 place = (algorithm, env_id, model or "")
                 adjust = [each for each in matrix.adjust if _covers(each, place)]
                 values = {"max_turns": env_turns} | _budget(matrix.defaults, row, *adjust)

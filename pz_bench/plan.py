@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pz_bench.budget import Price, expected, price_of
 from pz_bench.estimate import Estimate, assumptions, estimate, sister_key, sisters
 from pz_bench.runner import Job
 
@@ -21,13 +22,25 @@ class Line:
 
     job: Job
     estimate: Estimate
+    price: Price | None = None
+
+    def usd(self, gpu_price: float) -> float:
+        """Return what the cell is estimated to cost, in dollars."""
+        return expected(self.job.spec, self.estimate, self.price, gpu_price).usd
 
 
-def lines(jobs: Sequence[Job]) -> list[Line]:
-    """Return the plan's lines in the order of ``jobs``."""
+def lines(jobs: Sequence[Job], prices: Mapping[str, Price] | None = None) -> list[Line]:
+    """Return the plan's lines in the order of ``jobs``; ``prices`` are those of a matrix."""
     done = [(job.spec, job.measured_seconds) for job in jobs if job.measured_seconds > 0]
     known = sisters(done)
-    return [Line(job, estimate(job.spec, known.get(sister_key(job.spec)))) for job in jobs]
+    return [
+        Line(
+            job,
+            estimate(job.spec, known.get(sister_key(job.spec))),
+            price_of(job.spec.model, prices or {}),
+        )
+        for job in jobs
+    ]
 
 
 def to_text(found: Sequence[Line], gpu_price: float) -> str:
@@ -53,8 +66,8 @@ def to_text(found: Sequence[Line], gpu_price: float) -> str:
     rows.append(
         f"{owed} of {len(found)} cells are owed; all {sums['cells']} that are not done: at most "
         f"{sums['turns']:,} turns of evaluation, about {_count(sums['tokens'])} tokens, "
-        f"{sums['gpu_hours']:,.0f} GPU hours "
-        f"(${sums['usd']:,.0f}), {sums['core_hours']:,.2f} core hours"
+        f"{sums['gpu_hours']:,.0f} GPU hours, {sums['core_hours']:,.2f} core hours, "
+        f"${sums['usd']:,.2f}"
     )
     return "\n".join([*rows, assumptions()])
 
@@ -79,6 +92,7 @@ def to_json(found: Sequence[Line], gpu_price: float) -> str:
             "gpus": line.estimate.gpus,
             "hours": line.estimate.hours,
             "measured": line.estimate.measured,
+            "usd": round(line.usd(gpu_price), 6),
         }
         for line in found
     ]
@@ -96,7 +110,7 @@ def _sums(found: Sequence[Line], gpu_price: float) -> Mapping[str, Any]:
         "tokens": sum(line.estimate.prompt_tokens + line.estimate.sampled_tokens for line in found),
         "gpu_hours": gpu_hours,
         "core_hours": sum(each.hours or 0.0 for each in on_cores),
-        "usd": gpu_hours * gpu_price,
+        "usd": sum(line.usd(gpu_price) for line in found),
     }
 
 

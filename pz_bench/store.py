@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pz_agents.config import parse_settings
 from pz_bench.cell import (
@@ -66,6 +66,13 @@ class SuiteCell:
     added: bool = False
     reason: str | None = None
     command: str | None = None
+
+
+class SuiteEntry(NamedTuple):
+    """A cell of a suite by id; ``reason`` is set when it could not be run."""
+
+    id: str
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,19 @@ def read_cell(folder: Path) -> CellFile:
         raise DataError(
             f"{path} cannot be read ({error}). To measure it again: rm -r {folder}"
         ) from None
+
+
+def read_status(folder: Path) -> Status:
+    """Return how a cell stands, without checking the rest of its file.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    try:
+        status: Status = json.loads((folder / CELL).read_bytes())["status"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return read_cell(folder).status  # which says what is wrong with it
+    return status
 
 
 def finish_cell(
@@ -272,6 +292,20 @@ def read_suite(runs: Path, name: str) -> Suite:
         raise DataError(
             f"{path} cannot be read ({error}). To write it anew, run its matrix again."
         ) from None
+
+
+def list_suite(runs: Path, name: str) -> list[SuiteEntry]:
+    """Return which cells a suite lists, without checking what each of them measures.
+
+    Raises:
+        ConfigError: the store has no such suite.
+        DataError: its file is broken.
+    """
+    try:
+        cells = json.loads(_suite_path(runs, name).read_bytes())["cells"]
+        return [SuiteEntry(cell["id"], cell["reason"]) for cell in cells]
+    except (OSError, ValueError, TypeError, KeyError):
+        return [SuiteEntry(cell.id, cell.reason) for cell in read_suite(runs, name).cells]
 
 
 def write_suite(runs: Path, suite: Suite) -> None:

@@ -24,7 +24,7 @@ def render_terminal(board: Leaderboard) -> RenderableType:
     table = tables.headline(board)
     if len(board.environments) > _WIDE:
         table = _turned(table)
-    parts: list[RenderableType] = [_table(board.title, table)]
+    parts: list[RenderableType] = [render_table(board.title, table)]
     for each in board.comparisons:
         short = next(place.short for place in board.environments if place.name == each.environment)
         excludes = each.low > 0 or each.high < 0
@@ -50,7 +50,8 @@ def _notes(board: Leaderboard) -> list[str]:
     return found + ([f"{scores.TINY_LABEL}."] if any(row.tiny for row in board.rows) else [])
 
 
-def _table(title: str, table: Table) -> RichTable:
+def render_table(title: str, table: Table) -> RichTable:
+    """Return a table as a console prints it."""
     shown = RichTable(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
     for column, header in enumerate(table.headers):
         numeric = any(row[column].kind in ("value", "unranked") for row in table.rows)

@@ -199,7 +199,7 @@ def test_bootstrap_intervals_cover_the_truth(seeds, instances, seed_spread):
         )
         low, high = stats.bootstrap_interval(values, stream=str(trial % 4), resamples=1000)
         hits += low <= 0 <= high
-    assert 0.92 <= hits / 600 <= 0.985
+    assert 0.92 <= hits / 600 <= 0.97
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_wilson_with_effective_trials_covers_the_truth(seeds, instances, difficu
         trials = stats.effective_trials(outcomes)
         low, high = stats.wilson(outcomes.mean() * trials, trials)
         hits += low <= truth <= high
-    assert 0.92 <= hits / len(chance) <= 0.985
+    assert 0.92 <= hits / len(chance) <= 0.97
 
 
 @pytest.mark.slow
@@ -228,4 +228,4 @@ def test_paired_intervals_cover_the_truth():
         right = hard + random.normal(0, 0.3, (3, 64))
         found = stats.paired_difference(left, right, stream=str(trial % 4), resamples=1000)
         hits += found.low <= 0.1 <= found.high
-    assert 0.90 <= hits / 600 <= 0.99
+    assert 0.92 <= hits / 600 <= 0.98
