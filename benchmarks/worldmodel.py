@@ -5,6 +5,9 @@ commands at width 512 with 2 layers for 1, 8 and 64 roots; one update of 64 wind
 targets; and reading one observation. Weights are random: speed does not depend on them. Search and
 update use bfloat16 where the machine is quick at it, as they do in training.
 
+``limit`` is what the machine could do if the model's matrix products were all there is to do, at
+the rate measured for as many rows in the same precision; ``share`` is how much of it is reached.
+
     python benchmarks/worldmodel.py [--quick]
 """
 
@@ -21,8 +24,9 @@ from torch.nn import functional
 from pz_agents.search.planner import Planner, SearchSettings
 from pz_agents.worldmodel.imagination import Imagination
 from pz_agents.worldmodel.learner import LearnerSettings, WorldModelLearner
-from pz_agents.worldmodel.network import WorldModel, product_dtype
+from pz_agents.worldmodel.network import NetworkSettings, WorldModel, product_dtype
 from pz_agents.worldmodel.replay import Replay, Segment
+from pz_agents.worldmodel.scalars import ATOMS
 from pz_agents.worldmodel.texts import Texts, features
 
 SIMULATIONS = 25
@@ -106,16 +110,47 @@ def update_seconds(repeats: int) -> float:
 
 
 def gemm_rate(rows: int, dtype: torch.dtype, repeats: int) -> float:
-    """Return GFLOP/s of [rows, 512] times [512, 2048], the weights new each time."""
-    weights = [torch.randn(2048, 512).to(dtype) for _ in range(16)]
-    left = torch.randn(rows, 512).to(dtype)
+    """Return FLOP/s of [rows, 512] times [512, 2048], new weights each time, the better layout."""
+    left, bias = torch.randn(rows, 512).to(dtype), torch.zeros(2048).to(dtype)
+    count = 16 if rows < 100 else 2
+    weights = [torch.randn(2048, 512).to(dtype) for _ in range(count)]
+    turned = [weight.t().contiguous() for weight in weights]
 
-    def work() -> None:
+    def by_rows() -> None:
         for weight in weights:
-            functional.linear(left, weight)
+            functional.linear(left, weight, bias)
 
-    work()
-    return 16 * 2 * rows * 512 * 2048 / least(work, repeats) / 1e9
+    def by_columns() -> None:
+        for weight in turned:
+            torch.addmm(bias, left, weight)
+
+    by_rows()
+    by_columns()
+    seconds = min(least(by_rows, repeats), least(by_columns, repeats))
+    return count * 2 * rows * 512 * 2048 / seconds
+
+
+def token_flops(network: NetworkSettings) -> float:
+    """Return FLOP of a token's way through the blocks: 12 E^2 weights each."""
+    return 2.0 * network.layers * 12 * network.embed**2
+
+
+def simulation_flops(network: NetworkSettings) -> float:
+    """Return FLOP of one simulation: two tokens, four heads of two layers, logits of commands."""
+    width = network.embed
+    heads = 4 * width**2 + 2 * width**2 + 2 * width * ATOMS + width * COMMANDS
+    return 2 * token_flops(network) + 2.0 * heads
+
+
+def update_flops(network: NetworkSettings, windows: int, horizon: int, td_steps: int) -> float:
+    """Return FLOP of an update: forward and twice that backward, and the target's one pass.
+
+    Reading texts is left out: it depends on how many of a batch's texts are distinct.
+    """
+    width, steps = network.embed, horizon + td_steps
+    learned = 3 * horizon * simulation_flops(network)
+    target = steps * (2 * token_flops(network) + 2.0 * (width**2 + width * ATOMS))
+    return windows * (learned + target)
 
 
 def main() -> None:
@@ -124,17 +159,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     repeats = 3 if parser.parse_args().quick else 15
     torch.set_num_threads(1)
-    dtype = str(product_dtype()).removeprefix("torch.")
+    network, kind = NetworkSettings(), product_dtype()
+    dtype = str(kind).removeprefix("torch.")
+    rates = {
+        each: {rows: gemm_rate(rows, each, repeats) for rows in (1, 8, 64, 1280)}
+        for each in (torch.float32, torch.bfloat16)
+    }
     print("GEMM of M x 512 x 2048, GFLOP/s    M=1    M=8   M=64  M=1280")
-    for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        rates = [gemm_rate(rows, kind, repeats) for rows in (1, 8, 64, 1280)]
-        print(f"{name:33}" + "".join(f"{rate:7.0f}" for rate in rates))
+    for each, found in rates.items():
+        print(f"{each!s:33}" + "".join(f"{rate / 1e9:7.0f}" for rate in found.values()))
     print(f"\nsearch, {SIMULATIONS} simulations, {COMMANDS} commands, 512 x 2, {dtype}")
-    print("roots   simulations/s   target")
+    print("roots   simulations/s    limit  share   target")
     for roots, target in ((1, 550), (8, 3_000), (64, 6_500)):
-        print(f"{roots:5}   {search_rate(roots, repeats):13,.0f}   {target:6,}")
-    seconds = update_seconds(max(3, repeats // 3))
-    print(f"\nupdate of 64 windows with targets, {dtype}: {seconds:.3f} CPU seconds (target 0.33)")
+        reached, limit = search_rate(roots, repeats), rates[kind][roots] / simulation_flops(network)
+        print(f"{roots:5} {reached:15,.0f} {limit:8,.0f} {reached / limit:6.0%} {target:8,}")
+    reached = update_seconds(max(3, repeats // 3))
+    limit = update_flops(network, 64, 10, 5) / rates[kind][1280]
+    print(
+        f"\nupdate of 64 windows with targets, {dtype}: {reached:.3f} CPU seconds "
+        f"(limit {limit:.3f}, share {limit / reached:.0%}, target 0.33)"
+    )
     text = observation(np.random.default_rng(0), 80)
     seconds = least(lambda: [features(text) for _ in range(200)], repeats) / 200
     print(f"\nreading one observation of 80 words: {1e3 * seconds:.3f} ms (target 0.1)")

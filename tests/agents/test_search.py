@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from pz_envs.errors import ConfigError
 from pz_envs.seeding import generator
 
 MASK = 2**64 - 1
+MCTX = Path(__file__).with_name("mctx_visits.json")
 
 
 @dataclass
@@ -232,6 +236,65 @@ def test_visits_agree_with_a_plain_python_tree(rule, number, widest, simulations
         assert result.visits[result.at(index)].tolist() == reference.visits(), index
         mean = reference.root.value_sum / reference.root.visits
         assert result.values[index] == pytest.approx(mean, abs=1e-9)
+
+
+class Table:
+    """A decision process in tables, as mctx searched it; the roots' lists are subsets."""
+
+    def __init__(self, tables, lists, per_tree):
+        self.tables = {name: np.array(value) for name, value in tables.items()}
+        self.lists, self.per_tree = lists, per_tree
+        self.states = {n * per_tree: at for n, at in enumerate(tables["root_states"])}
+
+    def step(self, leaves: Leaves) -> Expansion:
+        before = [self.states[parent] for parent in leaves.parent.tolist()]
+        actions = [
+            self.lists[tree][action] if parent % self.per_tree == 0 else action
+            for tree, parent, action, _ in zip(*(each.tolist() for each in leaves), strict=True)
+        ]
+        after = self.tables["following"][before, actions]
+        self.states.update(zip(leaves.node.tolist(), after.tolist(), strict=True))
+        return Expansion(
+            self.tables["rewards"][before, actions],
+            self.tables["discounts"][before, actions],
+            self.tables["values"][after],
+            self.tables["logits"][after].ravel(),
+            np.full(len(after), self.tables["logits"].shape[1]),
+        )
+
+
+@pytest.mark.parametrize("simulations", [25, 80])
+@pytest.mark.parametrize("rule", ["puct", "gumbel"])
+def test_visits_agree_with_mctx(rule, simulations):
+    golden = json.loads(MCTX.read_text("utf-8"))
+    tables = golden["process"]
+    lists = [np.flatnonzero(allowed) for allowed in tables["root_allowed"]]
+    planner = Planner(
+        SearchSettings(
+            rule=rule, simulations=simulations, value_floor=golden["floor"],
+            c_base=golden["c_base"], considered=golden["considered"], gumbel_scale=0.0,
+        )
+    )  # fmt: skip
+    model = Table(tables, lists, planner.nodes_per_tree)
+    priors = [
+        softmax(np.array(row)[listed])
+        for row, listed in zip(tables["root_logits"], lists, strict=True)
+    ]
+    values = model.tables["values"][tables["root_states"]] * (rule == "gumbel")
+    result = planner.search(Roots.join(priors, values), model)
+    expected = golden["visits"][f"{rule}-{simulations}"]
+    for root, (listed, visits) in enumerate(zip(lists, expected, strict=True)):
+        assert result.visits[result.at(root)].tolist() == np.array(visits)[listed].tolist(), root
+
+
+def test_the_golden_visits_are_what_mctx_gives_here():
+    pytest.importorskip("mctx", reason="the committed visits stand in for it")
+    spec = importlib.util.spec_from_file_location(
+        "make_golden", MCTX.with_name("make_mctx_golden.py")
+    )
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.make() == json.loads(MCTX.read_text("utf-8"))
 
 
 def test_a_root_does_not_depend_on_its_neighbours():
