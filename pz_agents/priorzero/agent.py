@@ -1,29 +1,44 @@
-"""``unizero``: plays what a run learned, by search without noise.
+"""``unizero`` and ``priorzero``: play what a run learned, without noise.
 
-It loads a run's folder, keeps each live episode's context in a slot of its own, and answers all
-turns that it is given with one batched search.
+They load a run's folder, keep each live episode's context in a slot of its own, and answer all
+turns of a game that they are given with one batched search. A game that the run never saw is
+played too: transfer to it is what can be measured so.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 
 from pz_agents.config import parse_settings
 from pz_agents.errors import AgentError
-from pz_agents.priorzero.actor import Actor
-from pz_agents.priorzero.settings import UniZeroSettings
+from pz_agents.models import load_model
+from pz_agents.priorzero.actor import Actor, Mode
+from pz_agents.priorzero.encoder import FrozenEncoder
+from pz_agents.priorzero.guidance import trained_model
+from pz_agents.priorzero.prior import LanguagePrior
+from pz_agents.priorzero.settings import PriorZeroSettings, UniZeroSettings
 from pz_agents.sdk.types import Action, Episode, Trajectory, Turn
 from pz_agents.training import checkpoint
 from pz_agents.worldmodel.network import WorldModel
 from pz_agents.worldmodel.texts import Texts
 from pz_envs.errors import ConfigError, DataError
 from pz_envs.seeding import generator
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Policy:
+    """What a policy's folder holds: settings, and the commands of each game that was played."""
+
+    folder: Path
+    settings: UniZeroSettings
+    commands: Mapping[str, Sequence[str]]
 
 
 class UniZeroAgent:
@@ -43,27 +58,21 @@ class UniZeroAgent:
 
     def __init__(self, *, folder: str, simulations: int | None = None, slots: int = 64) -> None:
         if slots < 1:
-            raise ConfigError(f"unizero: slots must be at least 1; got {slots}")
-        policy = _policy_folder(Path(folder))
-        settings, weights, listed = _read(policy)
+            raise ConfigError(f"slots must be at least 1; got {slots}")
+        policy = read_policy(policy_folder(Path(folder)))
+        settings = policy.settings
         if simulations is not None:
             search = {**settings.search.model_dump(), "simulations": simulations}
-            values = {**settings.model_dump(), "search": search}
-            settings = parse_settings(UniZeroSettings, values, "unizero")
-        model = WorldModel(settings.network)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise DataError(f"{policy / 'model.pt'} is of another model: {error}") from None
-        self._texts = Texts(settings.network.buckets)
-        self._actor = Actor(
-            model.eval(),
-            self._texts,
-            settings,
-            slots=slots,
-            explore=False,
-            commands=[self._texts.intern(command) for command in listed],
-        )
+            values = {**settings.model_dump(), "search": search, "preset": ""}
+            settings = parse_settings(type(settings), values, "simulations")
+        self._policy = Policy(policy.folder, settings, policy.commands)
+        self._model, self._texts = world_model(settings)
+        load_weights(self._model, policy.folder)
+        self._model.eval()
+        self._actors: dict[str, Actor] = {}
+        self._prior: LanguagePrior | None = None
+        self._alone = False
+        self._most = slots
         self._free = list(reversed(range(slots)))
         self._slots: dict[str, int] = {}
         self._before: dict[str, int] = {}
@@ -83,22 +92,25 @@ class UniZeroAgent:
         Raises:
             AgentError: an environment does not list its commands, or there is no slot left.
         """
-        positions = [
-            self._actor.position(
-                self._slot_of(turn.episode.key),
-                turn.observation,
-                turn.info,
-                self._before.get(turn.episode.key),
-            )
-            for turn in turns
-        ]
-        streams = [generator(turn.seed, "search") for turn in turns]
-        answers = []
-        for turn, choice in zip(turns, self._actor.choose(positions, streams), strict=True):
-            self._before[turn.episode.key] = choice.command
-            notes: dict[str, Any] = {"value": choice.value, **choice.statistics}
-            answers.append(Action(self._texts.string(choice.command), notes=notes))
-        return answers
+        answers: dict[str, Action] = {}
+        for env in dict.fromkeys(turn.episode.env_id for turn in turns):
+            actor = self._actor_of(env)
+            mine = [turn for turn in turns if turn.episode.env_id == env]
+            positions = [
+                actor.position(
+                    self._slot_of(turn.episode.key),
+                    turn.observation,
+                    turn.info,
+                    self._before.get(turn.episode.key),
+                )
+                for turn in mine
+            ]
+            streams = [generator(turn.seed, "search") for turn in mine]
+            for turn, choice in zip(mine, actor.choose(positions, streams), strict=True):
+                self._before[turn.episode.key] = choice.command
+                notes: dict[str, Any] = {"value": choice.value, **choice.statistics}
+                answers[turn.episode.key] = Action(self._texts.string(choice.command), notes=notes)
+        return [answers[turn.episode.key] for turn in turns]
 
     def end(self, trajectory: Trajectory) -> None:
         """Free the episode's slot."""
@@ -117,8 +129,91 @@ class UniZeroAgent:
             self._slots[key] = self._free.pop()
         return self._slots[key]
 
+    def _actor_of(self, env: str) -> Actor:
+        """Return who plays a game; a game that was not trained on has no commands yet."""
+        if env not in self._actors:
+            listed = map(self._texts.intern, self._policy.commands.get(env, ()))
+            self._actors[env] = Actor(
+                self._model,
+                self._texts,
+                self._policy.settings,
+                slots=self._most,
+                explore=False,
+                commands=list(listed),
+                prior=self._prior,
+                alone=self._alone,
+            )
+        return self._actors[env]
 
-def _policy_folder(folder: Path) -> Path:
+
+class PriorZeroAgent(UniZeroAgent):
+    """Plays by the world model, by the language model, or by both.
+
+    Args:
+        folder: of a run, finished or not, or of its policy.
+        mode: ``both``: the search with the language model's prior; ``wm``: the search alone;
+            ``llm``: the command that the language model scores highest.
+        simulations: of each search; None: as many as in training.
+        slots: most episodes alive at once.
+
+    Raises:
+        ConfigError: there is nothing trained in ``folder``, an argument is not one of those, or the
+            run has no language model.
+        DataError: what is there cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        mode: str = "both",
+        simulations: int | None = None,
+        slots: int = 64,
+    ) -> None:
+        super().__init__(folder=folder, simulations=simulations, slots=slots)
+        if mode not in get_args(Mode):
+            raise ConfigError(f"priorzero: mode is {', '.join(get_args(Mode))}; got `{mode}`")
+        settings = self._policy.settings
+        if not isinstance(settings, PriorZeroSettings) or settings.language is None:
+            if mode == "llm":
+                raise ConfigError(f"the run in {folder} has no language model; take mode=wm")
+            return
+        if mode == "wm" or (mode == "both" and settings.root.mode == "off"):
+            return
+        trained = trained_model(self._policy.folder)
+        model = load_model(str(trained or settings.language.model))
+        self._prior = LanguagePrior(model, settings.language)
+        self._alone = mode == "llm"
+
+
+def world_model(settings: UniZeroSettings) -> tuple[WorldModel, Texts]:
+    """Return a fresh world model and what numbers the texts that it reads."""
+    network, encode = settings.network, None
+    if settings.text_encoder:
+        encode = FrozenEncoder(settings.text_encoder)
+        network = network.model_copy(update={"text_width": encode.width})
+    return WorldModel(network), Texts(network.buckets, encode)
+
+
+def load_weights(model: WorldModel, policy: Path) -> None:
+    """Read a policy's weights into a model of the same sizes.
+
+    Raises:
+        DataError: they cannot be read, or are of another model.
+    """
+    path = policy / "model.pt"
+    try:
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} is no whole model, or of another size: {error}") from None
+
+
+def policy_folder(folder: Path) -> Path:
+    """Return the policy of a run, finished or not, or of a policy's own folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
     for policy in (folder, folder / "policy"):
         if (policy / "model.pt").is_file():
             return policy
@@ -131,12 +226,16 @@ def _policy_folder(folder: Path) -> Path:
     return newest / "policy"
 
 
-def _read(policy: Path) -> tuple[UniZeroSettings, dict[str, torch.Tensor], list[str]]:
+def read_policy(folder: Path) -> Policy:
+    """Return a policy's settings and commands.
+
+    Raises:
+        DataError: they cannot be read.
+    """
     try:
-        saved = json.loads((policy / "config.json").read_text("utf-8"))
-        listed = json.loads((policy / "commands.json").read_text("utf-8"))
-        weights = torch.load(policy / "model.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DataError(f"{policy} is no whole policy: {error}") from None
-    settings = parse_settings(UniZeroSettings, {**saved, "preset": ""}, str(policy))
-    return settings, weights, listed
+        saved = json.loads((folder / "config.json").read_text("utf-8"))
+        listed = json.loads((folder / "commands.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is no whole policy: {error}") from None
+    kind = PriorZeroSettings if saved.get("algorithm") == "priorzero" else UniZeroSettings
+    return Policy(folder, parse_settings(kind, {**saved, "preset": ""}, str(folder)), listed)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pz_agents.priorzero.actor import Actor, Choice, Position
 from pz_agents.rollout.slots import EnvSlot, Finished, MakeEnv
+from pz_agents.sdk.types import Ids
 from pz_agents.worldmodel.replay import Segment
 from pz_agents.worldmodel.texts import Texts
 from pz_envs.errors import ConfigError, DataError
@@ -41,9 +42,13 @@ class Played:
 
     reward: the gain in score over the episode.
     statistics: means over its turns of what the searches said.
+    instruction: the task's rules.
+    prefixes: what the language model said its opinions behind, a turn each; None where it did not.
     """
 
     segment: Segment | None = None
+    instruction: str = ""
+    prefixes: tuple[Ids | None, ...] = ()
     reward: float = 0.0
     score_norm: float = 0.0
     success: bool = False
@@ -198,6 +203,8 @@ def _finish(live: _Live, last: int, info: Mapping[str, Any], terminated: bool) -
     )
     return Played(
         segment=segment,
+        instruction=live.positions[0].moment.instruction,
+        prefixes=tuple(each.prefix_ids for each in live.choices),
         reward=sum(live.rewards),
         score_norm=info["score_norm"],
         success=info["success"],

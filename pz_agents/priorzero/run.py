@@ -1,10 +1,10 @@
-"""A UniZero run in a folder: collect, remember, learn, save; the same call resumes it.
+"""A UniZero or PriorZero run in a folder: collect, remember, learn, save; the same call resumes it.
 
 The folder holds ``config.json``, ``metrics.jsonl``, ``timings.jsonl``, ``checkpoints/``, and at the
 end ``policy/`` and the curves. What a step does follows from the state before it and (run seed,
-step) alone, and a checkpoint is that whole state: model, target, optimiser, texts, replay with its
-priorities, and counters. A run that was killed and called again ends with the same weights as one
-that was not. Episodes that fail are counted; collections without one whole episode end the run
+step) alone, and a checkpoint is that whole state: models, target, optimisers, texts, replay with
+its priorities, and counters. A run that was killed and called again ends with the same weights as
+one that was not. Episodes that fail are counted; collections without one whole episode end the run
 only when several come in a row.
 """
 
@@ -12,34 +12,48 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
+from pz_agents.priorzero import phases
 from pz_agents.priorzero.actor import Actor
-from pz_agents.priorzero.agent import UniZeroAgent
-from pz_agents.priorzero.collect import Played, Playground, Task
-from pz_agents.priorzero.settings import FREE_TO_CHANGE, UniZeroSettings, check_resumable
+from pz_agents.priorzero.agent import (
+    PriorZeroAgent,
+    UniZeroAgent,
+    load_weights,
+    policy_folder,
+    read_policy,
+    world_model,
+)
+from pz_agents.priorzero.collect import Played
+from pz_agents.priorzero.evaluate import evaluate, last_evaluation, mean
+from pz_agents.priorzero.games import Game
+from pz_agents.priorzero.guidance import FOLDER, guidance_of, trained_model
+from pz_agents.priorzero.memory import Margin, Memory, packed, unpacked
+from pz_agents.priorzero.settings import (
+    FREE_TO_CHANGE,
+    PriorZeroSettings,
+    UniZeroSettings,
+    check_resumable,
+)
 from pz_agents.training import checkpoint
 from pz_agents.training.monitors import MetricsLog, read_metrics
-from pz_agents.training.plots import plot_metrics
+from pz_agents.training.plots import plot_panels
 from pz_agents.worldmodel.learner import WorldModelLearner
-from pz_agents.worldmodel.network import WorldModel
-from pz_agents.worldmodel.replay import Replay, Segment
-from pz_agents.worldmodel.texts import Texts
+from pz_agents.worldmodel.replay import Replay, ReplaySettings, Segment
 from pz_envs.catalog import find
 from pz_envs.errors import DataError, InfraError
 from pz_envs.files import write_atomic
 from pz_envs.seeding import derive_seed, generator
 
-__all__ = ["FREE_TO_CHANGE", "Settings", "player", "progress_line", "train"]
+__all__ = ["FREE_TO_CHANGE", "Settings", "last_evaluation", "player", "progress_line", "train"]
 
 Settings = UniZeroSettings
 
@@ -48,6 +62,16 @@ Alter = Callable[[list[Segment]], list[Segment]]
 
 BARREN_COLLECTIONS = 3
 """Collections in a row without one whole episode, after which a run gives up."""
+
+PANELS = (
+    "reward",
+    "evaluator_step/reward_mean",
+    "train/wm_total_loss",
+    "train/llm_total_loss",
+    "collector_iter/visit_entropy_mean",
+    "collector_iter/llm_agreement_mean",
+)
+"""What is plotted, as far as a run has it."""
 
 _LOSSES = ("total", "latent", "reward", "value", "policy")
 
@@ -68,7 +92,7 @@ def train(
     checkpoint. Ctrl-C while episodes are played leaves a checkpoint of the last step.
 
     Args:
-        settings: what to do.
+        settings: what to do; of UniZero or PriorZero.
         folder: of this run alone.
         resume: ``auto``, ``never``, ``must`` or a checkpoint's path; see ``checkpoint.choose``.
         on_progress: called after each step with the step, the number of steps, and its metrics
@@ -82,7 +106,8 @@ def train(
         InfraError: episodes keep failing.
     """
     folder = Path(folder)
-    find(settings.env)
+    for env in settings.games:
+        find(env)
     resumed = checkpoint.choose(folder, resume)
     if resumed:
         check_resumable(_read_json(resumed / "policy" / "config.json"), settings, str(folder))
@@ -98,28 +123,33 @@ def train(
     finally:
         run.close()
     checkpoint.write_folder(policy, partial(_copy_policy, folder / "checkpoints"))
-    plot_metrics(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics")
+    plot_panels(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics", PANELS)
     return policy
 
 
 def player(folder: Path, **kwargs: Any) -> UniZeroAgent:
     """Return the agent that plays what was learned in a run's or policy's folder."""
-    return UniZeroAgent(folder=str(folder), **kwargs)
+    settings = read_policy(policy_folder(Path(folder))).settings
+    kind = PriorZeroAgent if isinstance(settings, PriorZeroSettings) else UniZeroAgent
+    return kind(folder=str(folder), **kwargs)
 
 
 def progress_line(metrics: Mapping[str, float]) -> str:
     """Return what a person wants to see of a step."""
-    line = (
-        f"turns {metrics['env_steps']:.0f} reward {metrics['reward']:.2f} "
-        f"success {metrics['success']:.2f} "
-        f"visit entropy {metrics.get('collector_iter/visit_entropy_mean', 0.0):.2f} "
-        f"loss {metrics.get('train/wm_total_loss', 0.0):.3f}"
-    )
-    if "evaluator_step/reward_mean" in metrics:
-        line += f" eval {metrics['evaluator_step/reward_mean']:.2f}"
-    if metrics["failed_episodes"]:
-        line += f" failed {metrics['failed_episodes']:.0f}"
-    return line
+    parts = [f"turns {metrics['env_steps']:.0f}"]
+    shown = {
+        "reward": "reward {:.2f}",
+        "success": "success {:.2f}",
+        "collector_iter/visit_entropy_mean": "visit entropy {:.2f}",
+        "train/wm_total_loss": "loss {:.3f}",
+        "train/llm_total_loss": "llm loss {:.3f}",
+        "evaluator_step/reward_mean": "eval {:.2f}",
+    }
+    parts += [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
+    for name in ("failed_episodes", "failed_priors"):
+        if metrics.get(name):
+            parts.append(f"{name.replace('_', ' ')} {metrics[name]:.0f}")
+    return " ".join(parts)
 
 
 class _Run:
@@ -133,12 +163,18 @@ class _Run:
         alter: Alter | None,
     ) -> None:
         self.settings, self.folder, self.alter = settings, folder, alter
-        self.texts = Texts(settings.network.buckets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(settings.seed, "weights"))
-            model = WorldModel(settings.network)
+            model, self.texts = world_model(settings)
+        start = policy_folder(Path(settings.start_from)) if settings.start_from else None
+        if start and not resumed:
+            load_weights(model, start)
         self.learner = WorldModelLearner(model, settings.learner)
         self.replay = Replay(self.texts, settings.replay)
+        self.guidance = guidance_of(settings, start and trained_model(start))
+        self.memory = Memory(self.replay, self.texts, read_instruction=settings.read_instruction)
+        # Batches that were collected and wait to be learned from.
+        self.ahead: deque[list[tuple[Segment, Margin]]] = deque()
         self.counters = {
             "step": 0,
             "env_steps": 0,
@@ -146,12 +182,23 @@ class _Run:
             "failed_episodes": 0,
             "barren_collections": 0,
         }
-        commands: Sequence[int] = ()
+        if self.guidance is not None:
+            self.counters["failed_priors"] = 0
+        self.owed = {"wm_turns": 0, "llm_turns": 0, "stretch": 0}
+        commands: Mapping[str, Sequence[int]] = {}
         if resumed:
             commands = self._load(resumed)
-        self.actor = Actor(
-            model, self.texts, settings, slots=settings.slots, explore=True, commands=commands
-        )
+        self.games = [
+            Game(
+                env,
+                number,
+                settings,
+                self.texts,
+                self._collector,
+                commands.get(find(env).id, ()),
+            )
+            for number, env in enumerate(settings.games)
+        ]
         self._remember_order()
         self.saved = self.counters["step"]
         self.metrics = MetricsLog(
@@ -160,11 +207,10 @@ class _Run:
             monitor=settings.monitor,
             config=settings.model_dump(mode="json"),
         )
-        self.playgrounds: dict[str, Playground] = {}
 
     def close(self) -> None:
         """Close the environments and the metrics."""
-        for each in self.playgrounds.values():
+        for each in self.games:
             each.close()
         self.metrics.close()
 
@@ -173,26 +219,30 @@ class _Run:
         settings, counters = self.settings, self.counters
         for step in range(counters["step"] + 1, settings.steps + 1):
             began = time.monotonic()
+            played: list[list[Played]] = []
             try:
-                played = self._collect(step)
+                if phases.collects(settings, self.owed):
+                    played = [game.collect(step) for game in self.games]
             except KeyboardInterrupt:
                 # Nothing has changed since the last step but the order of new texts.
                 if self.saved < counters["step"]:
                     self._save(None)
                 raise
             collected = time.monotonic()
-            turns = self._store(step, played)
-            learned = self._learn(step, turns)
+            figures: dict[str, float] = {}
+            timings: dict[str, float] = {}
+            if played:
+                figures, timings = self._store(step, played)
+            figures |= self._learn(step)
             counters["step"] = step
             last = step == settings.steps
-            metrics = {**counters, **_collected(played), **learned}
             learned_at = time.monotonic()
             score = None
             if settings.eval_episodes and (last or step % settings.eval_every == 0):
-                figures = self._evaluate()
-                metrics |= {f"evaluator_step/{name}": value for name, value in figures.items()}
-                score = figures["success" if find(settings.env).metric == "success" else "score"]
-            timings = {
+                found, score = self._evaluate()
+                figures |= found
+            metrics = {**counters, **figures}
+            timings |= {
                 "seconds": time.monotonic() - began,
                 "collect_seconds": collected - began,
                 "learn_seconds": learned_at - collected,
@@ -204,60 +254,28 @@ class _Run:
             if on_progress is not None:
                 on_progress(step, settings.steps, {**metrics, **timings})
 
-    def _collect(self, step: int) -> list[Played]:
-        seed = self.settings.seed
-        tasks = [
-            Task(f"step{step}/episode{number}", derive_seed(seed, "collect", step, number) % 2**31)
-            for number in range(self.settings.episodes_per_step)
-        ]
-        return self._play(self.actor, "train", tasks)
-
-    def _evaluate(self) -> dict[str, float]:
-        """Play held-out episodes without noise; a failed one counts as nothing gained."""
+    def _actor(self, **kwargs: Any) -> Actor:
         settings = self.settings
-        actor = Actor(
-            self.learner.model,
-            self.texts,
-            settings,
-            slots=settings.slots,
-            explore=False,
-            commands=self.actor.imagination.commands,
-        )
-        env = find(settings.env).id
-        tasks = [
-            Task(f"eval/{number}", derive_seed("eval", env, number) % 2**31)
-            for number in range(settings.eval_episodes)
-        ]
-        played = self._play(actor, "eval", tasks)
-        rewards = [each.reward for each in played]
-        return {
-            "reward_mean": _mean(rewards),
-            "reward_max": max(rewards),
-            "reward_std": float(np.std(rewards)),
-            "score": _mean([each.score_norm for each in played]),
-            "success": _mean([float(each.success) for each in played]),
-            "failed": float(sum(each.error is not None for each in played)),
-        }
+        return Actor(self.learner.model, self.texts, settings, slots=settings.slots, **kwargs)
 
-    def _play(
-        self, actor: Actor, split: Literal["train", "eval"], tasks: Sequence[Task]
-    ) -> list[Played]:
-        from pz_envs.catalog import make_env
+    def _collector(self, **kwargs: Any) -> Actor:
+        guidance = self.guidance
+        return self._actor(prior=guidance.prior if guidance and guidance.asked else None, **kwargs)
 
-        settings = self.settings
-        if split not in self.playgrounds:
-            make = partial(make_env, split=split, admissible_commands=True, **settings.env_kwargs)
-            slots = min(settings.slots, len(tasks))
-            self.playgrounds[split] = Playground(settings.env, make, slots=slots)
-        return self.playgrounds[split].play(
-            actor, self.texts, tasks, max_turns=settings.max_turns, seed=settings.seed
-        )
+    def _evaluate(self) -> tuple[dict[str, float], float]:
+        guidance = self.guidance
+        prior = guidance.prior if guidance else None
+        mixed = guidance is not None and guidance.asked
+        return evaluate(self.games, self._actor, prior, mixed=mixed)
 
-    def _store(self, step: int, played: Sequence[Played]) -> int:
-        """Remember the whole episodes; returns how many turns they have."""
+    def _store(
+        self, step: int, played: Sequence[Sequence[Played]]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Remember the whole episodes; returns figures, and those that a clock decides."""
         counters = self.counters
-        segments = [each.segment for each in played if each.segment is not None]
-        failed = [each.error for each in played if each.error is not None]
+        whole = [each for game in played for each in game if each.segment is not None]
+        segments = [each.segment for each in whole if each.segment is not None]
+        failed = [each.error for game in played for each in game if each.error is not None]
         counters["episodes"] += len(segments)
         counters["failed_episodes"] += len(failed)
         counters["barren_collections"] = 0 if segments else counters["barren_collections"] + 1
@@ -267,31 +285,76 @@ class _Run:
                 f"step {step}: {failed[-1]}. Mend the environment; the same command goes on from "
                 "the last checkpoint"
             )
-        turns = sum(len(each.actions) for each in segments)
-        counters["env_steps"] += turns
-        for segment in self.alter(segments) if self.alter else segments:
-            self.replay.add(segment)
-        return turns
+        counters["env_steps"] += sum(len(each.actions) for each in segments)
+        if self.guidance is not None:
+            counters["failed_priors"] += sum(map(_failed_priors, whole))
+        altered = self.alter(segments) if self.alter else segments
+        margins = map(self._margin, whole)
+        self.ahead.append(list(zip(altered, margins, strict=True)))
+        if len(self.ahead) > self.settings.off_policy:
+            for segment, margin in self.ahead.popleft():
+                self.replay.add(segment)
+                self.memory.add(margin)
+                for name in ("wm_turns", "llm_turns"):
+                    self.owed[name] += len(segment.actions)
+        figures = collected([each for game in played for each in game])
+        if len(self.games) > 1:
+            for game, mine in zip(self.games, played, strict=True):
+                reward = mean([each.reward for each in mine if each.segment is not None])
+                figures[f"collector_iter/{game.name}/reward_mean"] = reward
+        clocked = {name for name in figures if "latency" in name}
+        return (
+            {name: value for name, value in figures.items() if name not in clocked},
+            {name: figures[name] for name in sorted(clocked)},
+        )
 
-    def _learn(self, step: int, turns: int) -> dict[str, float]:
-        """Update for the turns that were collected; returns means over the updates."""
-        if turns == 0:
+    def _margin(self, played: Played) -> Margin:
+        settings = self.settings
+        thinks = (
+            isinstance(settings, PriorZeroSettings)
+            and settings.language is not None
+            and settings.language.reasoning
+        )
+        return Margin(played.instruction, played.prefixes if thinks else None)
+
+    def _learn(self, step: int) -> dict[str, float]:
+        """Do the step's updates of both halves; returns means over the updates."""
+        settings, guidance = self.settings, self.guidance
+        due = phases.updates(settings, self.owed, step)
+        random = generator(settings.seed, "language", step)
+        lessons = partial(self._lessons, due.language, random)
+        together = isinstance(settings, PriorZeroSettings) and settings.phase == "parallel"
+        decisions = lessons() if together else []
+        figures = self._learn_world(step, due.world)
+        if guidance is not None and due.language:
+            learned = guidance.learn(decisions if together else lessons())
+            figures |= learned
+        self.owed |= phases.counted(settings, self.owed, due)
+        return figures
+
+    def _lessons(self, updates: int, random: Any) -> list[Any]:
+        if self.guidance is None or not updates:
+            return []
+        return self.guidance.lessons(self.memory, updates, self.learner, random)
+
+    def _learn_world(self, step: int, updates: int) -> dict[str, float]:
+        if not updates:
             return {}
         seed = self.settings.seed
         random = generator(seed, "learn", step)
-        updates = max(1, round(turns * self.settings.replay_ratio))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "dropout", step))
             stats = [self.learner.learn(self.replay, random) for _ in range(updates)]
-        self.actor.imagination.refresh()
+        for game in self.games:
+            game.actor.imagination.refresh()
         found = {name: [line[name] for line in stats] for name in stats[0]}
         names = {name: f"wm_{name}_loss" if name in _LOSSES else name for name in found}
-        learned = {f"train/{names[name]}": _mean(values) for name, values in found.items()}
+        learned = {f"train/{names[name]}": mean(values) for name, values in found.items()}
         return learned | {"train/updates": float(self.learner.updates)}
 
     def _remember_order(self) -> None:
         """Note the texts and commands of whole steps: a resumed run must find the same order."""
-        self.order = (len(self.texts), self.actor.imagination.commands)
+        self.order = (len(self.texts), {game.env: game.commands for game in self.games})
 
     def _save(self, score: float | None) -> None:
         self.metrics.sync()
@@ -304,8 +367,18 @@ class _Run:
         count, commands = self.order
         self.learner.save(folder / "learner.pt")
         torch.save(self.replay.state(), folder / "replay.pt")
+        ahead = Replay(self.texts, ReplaySettings(capacity=2**62))
+        for segment, _ in (each for batch in self.ahead for each in batch):
+            ahead.add(segment)
+        margins = [margin for batch in self.ahead for _, margin in batch]
+        sizes = [len(batch) for batch in self.ahead]
+        waiting = {"segments": ahead.state(), "margins": packed(margins), "sizes": sizes}
+        torch.save({"margins": self.memory.state(), "ahead": waiting}, folder / "memory.pt")
+        known = {number: each for number, each in self.texts.vectors.items() if number < count}
+        torch.save(known, folder / "vectors.pt")
         state = {
             "counters": self.counters,
+            "owed": self.owed,
             "texts": self.texts.strings()[:count],
             "commands": commands,
         }
@@ -313,19 +386,32 @@ class _Run:
         policy = folder / "policy"
         write_atomic(policy / "config.json", _config(self.settings))
         torch.save(self.learner.model.state_dict(), policy / "model.pt")
-        listed = [self.texts.string(number) for number in commands]
+        listed = {env: [self.texts.string(each) for each in its] for env, its in commands.items()}
         write_atomic(policy / "commands.json", json.dumps(listed))
+        if self.guidance is not None:
+            self.guidance.save(folder)
 
-    def _load(self, resumed: Path) -> Sequence[int]:
-        """Take over a checkpoint; returns the commands that the search knew."""
+    def _load(self, resumed: Path) -> Mapping[str, Sequence[int]]:
+        """Take over a checkpoint; returns the commands that each game's searches knew."""
         self.learner.load(resumed / "learner.pt")
         state = _read_json(resumed / "run.json")
         for text in state["texts"]:
             self.texts.intern(text)
+        self.texts.vectors.update(torch.load(resumed / "vectors.pt", weights_only=True))
         self.replay.load_state(torch.load(resumed / "replay.pt", weights_only=True))
+        remembered = torch.load(resumed / "memory.pt", weights_only=True)
+        self.memory.load_state(remembered["margins"])
+        waiting = remembered["ahead"]
+        ahead = Replay(self.texts)
+        ahead.load_state(waiting["segments"])
+        both = iter(zip(ahead.segments, unpacked(waiting["margins"]), strict=True))
+        self.ahead.extend([next(both) for _ in range(size)] for size in waiting["sizes"])
+        if self.guidance is not None:
+            self.guidance.load(resumed)
         self.counters.update(state["counters"])
+        self.owed.update(state["owed"])
         _logger.info("resumed from step %d", self.counters["step"])
-        commands: Sequence[int] = state["commands"]
+        commands: Mapping[str, Sequence[int]] = state["commands"]
         return commands
 
 
@@ -334,32 +420,38 @@ def _copy_policy(checkpoints: Path, target: Path) -> None:
     if newest is None:
         raise InfraError(f"the last checkpoint in {checkpoints} has gone; run again")
     shutil.copytree(newest / "policy", target, dirs_exist_ok=True)
+    language = trained_model(newest / "policy")
+    if language is not None:
+        shutil.copytree(language, target / FOLDER)
 
 
-def _collected(played: Sequence[Played]) -> dict[str, float]:
+def _failed_priors(played: Played) -> int:
+    """Return how many of an episode's turns the language model gave no opinion on."""
+    if played.segment is None or "llm_success" not in played.statistics:
+        return 0
+    return round((1.0 - played.statistics["llm_success"]) * len(played.segment.actions))
+
+
+def collected(played: Sequence[Played]) -> dict[str, float]:
     """Return what is logged of a collection; means are over whole episodes."""
     whole = [each for each in played if each.segment is not None]
     rewards = [each.reward for each in whole]
     lengths = [len(each.segment.actions) for each in whole if each.segment is not None]
     names = sorted({name for each in whole for name in each.statistics})
     figures = {
-        f"collector_iter/{name}_mean": _mean(
+        f"collector_iter/{name}_mean": mean(
             [each.statistics[name] for each in whole if name in each.statistics]
         )
         for name in names
     }
     return figures | {
-        "reward": _mean(rewards),
-        "success": _mean([float(each.success) for each in whole]),
-        "collector_iter/reward_mean": _mean(rewards),
+        "reward": mean(rewards),
+        "success": mean([float(each.success) for each in whole]),
+        "collector_iter/reward_mean": mean(rewards),
         "collector_iter/reward_max": max(rewards, default=0.0),
-        "collector_iter/episode_length_mean": _mean([float(length) for length in lengths]),
+        "collector_iter/episode_length_mean": mean([float(length) for length in lengths]),
         "collector_iter/failed": float(len(played) - len(whole)),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
 
 
 def _config(settings: UniZeroSettings) -> str:

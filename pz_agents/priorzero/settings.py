@@ -1,24 +1,27 @@
-"""What a UniZero run is told, its presets, and which settings may change when it is resumed.
+"""What a UniZero or PriorZero run is told, and which settings may change when it is resumed.
 
-The defaults are UniZero's for text games; ``quick`` is a small network that learns a small game on
-one CPU core within minutes.
+The defaults are UniZero's for text games; PriorZero's are its paper's (``presets``). A run plays
+one game or several; everything but the language model's part is common to both algorithms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
 from pz_agents.config import Settings, parse_settings
+from pz_agents.priorzero import presets
+from pz_agents.priorzero.language_settings import LanguageLearnerSettings
+from pz_agents.priorzero.prior import LanguageSettings
 from pz_agents.search.planner import SearchSettings
 from pz_agents.search.priors import PriorSettings
 from pz_agents.training.monitors import MonitorName
 from pz_agents.worldmodel.learner import LearnerSettings
 from pz_agents.worldmodel.network import NetworkSettings
 from pz_agents.worldmodel.replay import ReplaySettings
-from pz_envs.errors import ConfigError, did_you_mean
+from pz_envs.errors import ConfigError
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -33,33 +36,30 @@ FREE_TO_CHANGE = frozenset(
 )
 """Settings that a resumed run may change, because no weight depends on them."""
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "standard": {},
-    "quick": {
-        "steps": 30,
-        "max_turns": 30,
-        "network": {"embed": 96, "heads": 4, "buckets": 4096, "dropout": 0.0},
-        "learner": {"learning_rate": 1e-3, "batch_windows": 32},
-        "search": {"simulations": 16},
-    },
-}
-"""Settings by name; what a user gives goes over them."""
-
 
 class UniZeroSettings(Settings):
     """Everything a run depends on."""
+
+    known: ClassVar[Mapping[str, presets.Preset]] = presets.UNIZERO
+    foundation: ClassVar[presets.Preset] = {}
 
     algorithm: Literal["unizero"] = "unizero"
     """This one."""
 
     preset: str = ""
-    """A name in `PRESETS` that supplies the settings not given here."""
+    """Names of `presets`, with commas between, that supply the settings not given here."""
 
     env: str
     """A Gymnasium id of pz_envs whose episodes list their admissible commands."""
 
+    envs: tuple[str, ...] = ()
+    """Further games that the same models play and learn."""
+
     env_kwargs: Mapping[str, Any] = {}
-    """Keyword arguments of the environment."""
+    """Keyword arguments of the environments."""
+
+    start_from: str = ""
+    """The folder of another run, whose weights this one begins with; its game may be another."""
 
     seed: int = pydantic.Field(default=0, ge=0)
     """Decides weights, episodes, search and batches."""
@@ -68,16 +68,23 @@ class UniZeroSettings(Settings):
     """Steps of the run; in each, episodes are collected and then learned from."""
 
     episodes_per_step: int = pydantic.Field(default=8, ge=1)
-    """Episodes collected a step."""
+    """Episodes collected a step, of each game."""
 
     slots: int = pydantic.Field(default=8, ge=1)
-    """Episodes alive at once; their searches are one batch."""
+    """Episodes of a game alive at once; their searches are one batch."""
 
     max_turns: int = pydantic.Field(default=50, ge=1)
     """Turns after which an episode is cut off."""
 
     replay_ratio: float = pydantic.Field(default=0.25, gt=0)
-    """Updates a collected turn."""
+    """The world model's updates a collected turn."""
+
+    wm_every: int = pydantic.Field(default=1, ge=1)
+    """Steps between the world model's turns to learn; it then makes up for all of them."""
+
+    off_policy: int = pydantic.Field(default=0, ge=0)
+    """Batches by which collection leads training: what a step collects is learned from so many
+    steps later. 0: at once."""
 
     temperature: float = pydantic.Field(default=0.25, ge=0)
     """While collecting, commands are drawn from visits^(1 / temperature)."""
@@ -85,6 +92,10 @@ class UniZeroSettings(Settings):
     read_instruction: bool = False
     """Whether a state's text begins with the task's instruction; for families whose goal stands
     nowhere else."""
+
+    text_encoder: str = ""
+    """A frozen encoder of the Hugging Face kind that reads the states, by folder or hub id; empty:
+    hashed n-grams, learned."""
 
     network: NetworkSettings = NetworkSettings()
     """The world model's sizes."""
@@ -122,18 +133,59 @@ class UniZeroSettings(Settings):
     threads: int = pydantic.Field(default=1, ge=1)
     """Torch's CPU threads."""
 
+    @property
+    def games(self) -> tuple[str, ...]:
+        """All games, each once."""
+        return tuple(dict.fromkeys((self.env, *self.envs)))
+
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, Mapping) else None
-        if not name:
+    def _fill_from_presets(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
             return values
-        if name not in PRESETS:
+        name = str(cls.model_fields["algorithm"].default)
+        return presets.composed(cls.known, cls.foundation, values, name)
+
+
+class PriorZeroSettings(UniZeroSettings):
+    """UniZero's settings, and how a language model guides the search and is trained."""
+
+    known: ClassVar[Mapping[str, presets.Preset]] = presets.PRIORZERO
+    foundation: ClassVar[presets.Preset] = presets.FOUNDATION
+
+    algorithm: Literal["priorzero"] = "priorzero"  # type: ignore[assignment]
+    """This one."""
+
+    language: LanguageSettings | None = LanguageSettings()
+    """The language model, and how it is asked; None: pure UniZero."""
+
+    language_learner: LanguageLearnerSettings | None = LanguageLearnerSettings()
+    """How it is trained; None: it stays as it is."""
+
+    phase: Literal["parallel", "sequential", "alternating"] = "alternating"
+    """``parallel``: both learn in a step, from what they were at its beginning; ``sequential``: the
+    world model first, and the language model by what that has become; ``alternating``: the language
+    model stays frozen for ``phase_updates`` updates of the world model, and then has a step to
+    itself, in which nothing is collected."""
+
+    phase_updates: int = pydantic.Field(default=2000, ge=1)
+    """The world model's updates in a stretch of ``alternating``; whole steps."""
+
+    wm_llm_ratio: float = pydantic.Field(default=0.5, gt=0, le=1)
+    """The world model's share of all updates."""
+
+    llm_every: int = pydantic.Field(default=1, ge=1)
+    """As ``wm_every``, for the language model; not in ``alternating``."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_frequencies(self) -> Self:
+        if self.phase == "alternating" and self.llm_every != 1:
             raise ConfigError(
-                f"No preset `{name}` of unizero.{did_you_mean(str(name), PRESETS)} "
-                f"Known: {', '.join(PRESETS)}"
+                f"llm_every={self.llm_every} has no meaning in phase `alternating`, where "
+                "`phase_updates` says when the language model learns; leave it out, or take "
+                "phase=parallel or sequential"
             )
-        return _over(PRESETS[name], values)
+        return self
 
 
 def check_resumable(saved: Mapping[str, Any], settings: UniZeroSettings, folder: str) -> None:
@@ -142,8 +194,14 @@ def check_resumable(saved: Mapping[str, Any], settings: UniZeroSettings, folder:
     Raises:
         ConfigError: a setting that weights depend on has changed; the message names it.
     """
-    known = {key: value for key, value in saved.items() if key in UniZeroSettings.model_fields}
-    then = dict(_flat(parse_settings(UniZeroSettings, {**known, "preset": ""}, folder)))
+    kind = type(settings)
+    if saved.get("algorithm") != settings.algorithm:
+        raise ConfigError(
+            f"`algorithm` was {saved.get('algorithm')!r} when the run in {folder} began and is "
+            f"{settings.algorithm!r} now; set it back, or train into another folder."
+        )
+    known = {key: value for key, value in saved.items() if key in kind.model_fields}
+    then = dict(_flat(parse_settings(kind, {**known, "preset": ""}, folder)))
     now = dict(_flat(settings))
     free = FREE_TO_CHANGE | ({"steps"} if settings.steps >= then["steps"] else frozenset())
     for path in sorted(then.keys() | now.keys()):
@@ -164,12 +222,3 @@ def _flat(settings: Settings) -> Iterator[tuple[str, Any]]:
                 yield prefix + key, value
 
     return walk(settings.model_dump(mode="json"), "")
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``below`` with ``above`` laid over it, mappings merged."""
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
-            merged[key] = _over(below[key], above[key])
-    return merged

@@ -145,7 +145,7 @@ class Imagination:
             tokens = self._tokens[[self._vocabulary[action] for action in played]] + self._kind[1]
             self._append(at[moved], tokens)
         self._model.eval()
-        latents = self._model.encode_observations(self._texts.bags(list(observations)))
+        latents = self._model.encode_observations(self._texts.states(list(observations)))
         self._known[at] = self._append(at, latents.to(self._dtype) + self._kind[0])
 
     @torch.inference_mode()

@@ -85,6 +85,11 @@ class Replay:
         """Return how many steps are remembered."""
         return sum(len(segment.actions) for segment in self._segments)
 
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """What is remembered, oldest first."""
+        return self._segments
+
     def add(self, segment: Segment) -> None:
         """Remember an episode; its windows get the highest priority there is.
 
@@ -222,7 +227,7 @@ class Replay:
                     commands += [played[command] for command in listed]
                     shares.append(segment.visits[at])
         return Batch(
-            observations=self._texts.bags(seen.order),
+            observations=self._texts.states(seen.order),
             actions=self._texts.bags(played.order),
             observation_at=torch.from_numpy(observation_at),
             action_at=torch.from_numpy(action_at),

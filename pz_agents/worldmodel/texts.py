@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +55,21 @@ class Texts:
     """Numbers strings in the order in which they come, and keeps their features.
 
     Ids never change, so segments, vocabularies and caches can hold them in place of strings.
+
+    Args:
+        buckets: of the hashed n-grams.
+        encode: a frozen encoder, from a text to its vector [W]; states are then read by it, each
+            distinct one once. Commands stay n-grams.
+
+    Attributes:
+        vectors: of states that were read by the frozen encoder, by number.
     """
 
-    def __init__(self, buckets: int = BUCKETS) -> None:
-        self._buckets = buckets
+    def __init__(
+        self, buckets: int = BUCKETS, encode: Callable[[str], torch.Tensor] | None = None
+    ) -> None:
+        self._buckets, self._encode = buckets, encode
+        self.vectors: dict[int, torch.Tensor] = {}
         self._ids: dict[str, int] = {}
         self._strings: list[str] = []
         self._features: list[NDArray[np.int64]] = []
@@ -83,6 +94,15 @@ class Texts:
     def strings(self) -> tuple[str, ...]:
         """Return all strings in order of their numbers; interning them anew gives the same ones."""
         return tuple(self._strings)
+
+    def states(self, numbers: Sequence[int]) -> Bags | torch.Tensor:
+        """Return what the model reads of states: bags, or the frozen encoder's vectors [N, W]."""
+        if self._encode is None:
+            return self.bags(numbers)
+        for number in numbers:
+            if number not in self.vectors:
+                self.vectors[number] = self._encode(self._strings[number])
+        return torch.stack([self.vectors[number] for number in numbers])
 
     def bags(self, numbers: Sequence[int] | NDArray[np.int64]) -> Bags:
         """Return the features of texts, one after another."""

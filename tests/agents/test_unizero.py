@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from dataclasses import replace
@@ -20,52 +21,13 @@ from pz_agents.sdk.loading import load_agent
 from pz_agents.sdk.types import Episode
 from pz_agents.training import checkpoint
 from pz_agents.training.monitors import read_metrics
-from pz_envs.errors import ConfigError, EnvError, InfraError
+from pz_envs.errors import ConfigError, InfraError
 from pz_envs.seeding import derive_seed
-from pz_envs.textenv import Outcome, TextEnv
+from tests.support.house import House
 
 pytestmark = pytest.mark.timeout(280)
 
-ROOMS = ("cellar", "hall", "kitchen", "tower", "garden")
-DOORS = ("red", "blue", "green", "white")
 TURNS = 6
-
-
-class House(TextEnv):
-    """Four rooms to the garden; one of four doors leads on, the others shut for good.
-
-    Played at random, an episode passes 1/3 of a room on average and reaches the garden once in 256.
-    """
-
-    family = "toy"
-    right = (2, 0, 3, 1)
-
-    def __init__(self, breaks=None, lists=True):
-        super().__init__()
-        self._breaks, self._lists = breaks, lists
-
-    def _start(self, seed, options):
-        self._task_id, self._max_score, self._room = "house", 4.0, 0
-        return self._seen()
-
-    def _advance(self, command):
-        if self._breaks is not None and self._breaks():
-            raise EnvError("the engine has gone")
-        if command == f"open {DOORS[self.right[self._room]]} door":
-            self._room += 1
-            return self._seen(over=self._room == 4, reward=1.0)
-        return self._seen(over=True)
-
-    def _seen(self, over=False, reward=0.0):
-        commands = tuple(f"open {colour} door" for colour in DOORS)
-        return Outcome(
-            f"You are in the {ROOMS[self._room]}.",
-            float(self._room),
-            reward,
-            terminated=over,
-            success=self._room == 4,
-            admissible_commands=commands if self._lists else None,
-        )
 
 
 def settings(**changes):
@@ -92,6 +54,7 @@ def settings(**changes):
 def house(monkeypatch):
     """Make every environment a House; the fixture's value sets its arguments."""
     arguments = {}
+    monkeypatch.setattr("pz_agents.priorzero.run.plot_panels", lambda *given: [])
     monkeypatch.setattr("pz_envs.catalog.make_env", lambda env_id, **kwargs: House(**arguments))
     return arguments
 
@@ -202,11 +165,10 @@ def test_an_interrupted_collection_leaves_the_last_step(tmp_path, house):
     given = settings(steps=3, save_every=50, eval_episodes=0)
     unizero.train(given, whole)
     _, second, _ = read_metrics(whole / "metrics.jsonl")
-    turns = [0]
+    turns = itertools.count(1)  # one step of it is whole, whichever thread takes it
 
     def interrupt():
-        turns[0] += 1
-        if turns[0] == second["env_steps"] + 1:
+        if next(turns) == second["env_steps"] + 1:
             signal.raise_signal(signal.SIGINT)
         return False
 
@@ -238,13 +200,8 @@ def test_a_changed_setting_is_refused_and_a_longer_run_is_not(tmp_path, house):
 
 
 def test_an_episode_that_breaks_is_counted_and_the_others_are_learned_from(tmp_path, house):
-    turns = [0]
-
-    def third():
-        turns[0] += 1
-        return turns[0] == 3
-
-    house["breaks"] = third
+    turns = itertools.count(1)
+    house["breaks"] = lambda: next(turns) == 3
     unizero.train(settings(steps=2), tmp_path)
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert (first["episodes"], first["failed_episodes"]) == (5, 1)
@@ -253,16 +210,11 @@ def test_an_episode_that_breaks_is_counted_and_the_others_are_learned_from(tmp_p
 
 
 def test_an_environment_that_always_breaks_ends_the_run(tmp_path, house):
-    calls = [0]
-
-    def always():
-        calls[0] += 1
-        return True
-
-    house["breaks"] = always
+    calls = itertools.count()
+    house["breaks"] = lambda: next(calls) >= 0
     with pytest.raises(InfraError, match="the engine has gone"):
         unizero.train(settings(steps=50), tmp_path)
-    assert calls[0] == unizero.BARREN_COLLECTIONS * 6
+    assert next(calls) == unizero.BARREN_COLLECTIONS * 6
 
 
 def test_an_environment_without_commands_is_refused(tmp_path, house):
