@@ -173,7 +173,7 @@ def _played(runs: Path, cells: Sequence[CellResult]) -> list[CellResult]:
 
 def _line(name: str, left: Sequence[CellResult], right: Sequence[CellResult]) -> Line | None:
     metric = catalog.find(left[0].spec.env).metric
-    found = scores.compare(left, right, metric, name)
+    found = scores.compare(left, right, metric)
     if found is None:
         return None
     mean, low, high, p = (scores.rounded(value) for value in found.difference)

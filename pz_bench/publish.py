@@ -22,9 +22,16 @@ def build_suite(runs: Path, name: str) -> Leaderboard:
         DataError: a file of it is broken.
     """
     from pz_bench import report
+    from pz_bench.report import curves
 
     title = store.read_suite(runs, name).title
-    return report.build(store.load_suite(runs, name), name, title)
+    results = store.load_suite(runs, name)
+    training = {
+        cell.id: steps
+        for cell in results
+        if (steps := curves.read(store.cell_folder(runs, cell.id)))
+    }
+    return report.build(results, name, title, training)
 
 
 def publish(runs: Path, name: str, out: Path) -> tuple[Leaderboard, list[Path]]:

@@ -75,6 +75,27 @@ def probability_of_improvement(left: ArrayLike, right: ArrayLike) -> float:
     return float(np.mean((above > below) + 0.5 * (above == below)))
 
 
+def pass_at(outcomes: ArrayLike, k: int) -> float:
+    """Return unbiased pass@k: the chance that one of k samples of an instance succeeds.
+
+    Mean over instances of 1 - C(n - c, k) / C(n, k) with c successes in n samples, the estimator of
+    Chen et al. 2021 (arXiv:2107.03374). With k = n it is the share of instances solved at all.
+
+    Args:
+        outcomes: [n, I] zeros and ones, samples (seeds) by instances, complete.
+        k: samples that may be drawn, 1 to n.
+
+    Raises:
+        ValueError: k is not within 1 to n.
+    """
+    values = np.asarray(outcomes, dtype=np.float64)
+    n = len(values)
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k of {n} samples needs k from 1 to {n}, got {k}")
+    missed = n - values.sum(axis=0)
+    return float(np.mean(1 - special.binom(missed, k) / special.binom(n, k)))
+
+
 def detectable_difference(low: float, high: float, level: float = LEVEL) -> float:
     """Return the smallest true difference that such a comparison would find four times in five.
 

@@ -22,6 +22,9 @@ from pz_envs.catalog import EnvRow
 MAX_FAILURES = 0.02
 """Largest share of failed episodes with which a score is still ranked."""
 
+BEST_STEPS = 100
+"""Within how many steps the best score of an episode is looked for."""
+
 TINY_LABEL = "tiny: machinery check, not a research result"
 ANCHORS = ("random", "expert")
 STARTING_POINT = "zeroshot"
@@ -39,8 +42,11 @@ class Score:
     mean in the family's own units and ``max_score`` the most that can be had. ``turns``,
     ``sampled_tokens``, ``prompt_tokens`` and ``seconds`` are means an episode. ``improve`` and
     ``improve_per_base`` are the shares of retries, and of base attempts, that a retry bettered
-    while training, a mean over seeds. Numbers are None where no episode was played. ``planned`` is
-    the number of episodes a seed.
+    while training, a mean over seeds. ``best`` is, in games that count points, the mean of the
+    highest score shown within the first 100 steps of an episode, in the family's own units; None
+    where steps were not recorded. ``pass_at`` has (k, unbiased pass@k) of mathematics, each seed a
+    sample of the instances that all seeds played. Numbers are None where no episode was played.
+    ``planned`` is the number of episodes a seed.
     """
 
     environment: str
@@ -63,6 +69,8 @@ class Score:
     seconds: float | None = None
     improve: float | None = None
     improve_per_base: float | None = None
+    best: float | None = None
+    pass_at: tuple[tuple[int, float], ...] = ()
     episodes: int = 0
     failures: int = 0
     seeds: tuple[int, ...] = ()
@@ -154,6 +162,8 @@ def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[i
         seconds=_mean(episodes, lambda each: each.seconds),
         improve=_trained_mean(cells, "improve"),
         improve_per_base=_trained_mean(cells, "improve_per_base"),
+        best=_best(episodes) if row.metric == "score_norm" else None,
+        pass_at=_pass_at(values) if row.family == "math" else (),
         episodes=len(episodes),
         failures=_failures(episodes),
         seeds=tuple(cell.spec.seed for cell in cells if cell.episodes),
@@ -172,11 +182,12 @@ class Paired:
 
 
 def compare(
-    left: Sequence[CellResult], right: Sequence[CellResult], metric: Metric, stream: str
+    left: Sequence[CellResult], right: Sequence[CellResult], metric: Metric
 ) -> Paired | None:
     """Return the paired difference left - right and on how many instances it rests.
 
-    Only instances that every seed of both sides played are used; None when there is none.
+    The interval ends at -1 and 1, as differences of shares do. Only instances that every seed of
+    both sides played are used; None when there is none.
     """
     left_rows, right_rows = _by_instance(left, metric), _by_instance(right, metric)
     if not left_rows or not right_rows:
@@ -186,7 +197,8 @@ def compare(
         return None
     mine = [[row[key] for key in shared] for row in left_rows]
     theirs = [[row[key] for key in shared] for row in right_rows]
-    difference = stats.paired_difference(mine, theirs, stream=stream)
+    difference = stats.paired_difference(mine, theirs)
+    difference = difference._replace(low=max(-1.0, difference.low), high=min(1.0, difference.high))
     return Paired(difference, ranking.probability_of_improvement(mine, theirs), len(shared))
 
 
@@ -224,6 +236,25 @@ def _interval(values: stats.Floats, metric: Metric, stream: str) -> stats.Interv
 
 def _mean(episodes: Sequence[EpisodeRecord], of: Callable[[EpisodeRecord], float]) -> float:
     return rounded(sum(of(episode) for episode in episodes) / len(episodes))
+
+
+def _best(episodes: Sequence[EpisodeRecord]) -> float | None:
+    """Return the mean of the highest score within ``BEST_STEPS`` steps, failed episodes as 0."""
+    good = [episode for episode in episodes if episode.status == "ok"]
+    if not good or not all(episode.steps for episode in good):
+        return None
+    highest = (max(step["score"] for step in each.steps[:BEST_STEPS]) for each in good)
+    return rounded(sum(highest) / len(episodes))
+
+
+def _pass_at(values: stats.Floats) -> tuple[tuple[int, float], ...]:
+    """Return (k, pass@k) for k of 1, 2, 4 ... and the number of seeds; empty for one seed."""
+    whole = values[:, ~np.isnan(values).any(axis=0)]
+    seeds, instances = whole.shape
+    if seeds < 2 or instances == 0:
+        return ()
+    powers = [2**power for power in range(seeds.bit_length()) if 2**power < seeds]
+    return tuple((k, rounded(ranking.pass_at(whole, k))) for k in (*powers, seeds))
 
 
 def _trained_mean(cells: Sequence[CellResult], name: str) -> float | None:

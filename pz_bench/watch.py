@@ -23,11 +23,14 @@ from rich.text import Text
 from pz_bench import store
 from pz_bench.cell_process import PROGRESS
 from pz_bench.lock import holder
+from pz_bench.narrow import Fitted
 from pz_envs.errors import DataError
 
 _TAIL_BYTES = 16_384
 _STYLES = {"running": "bold", "done": "green", "failed": "red", "not_run": "yellow"}
 _ORDER = ("running", "failed", "owed", "done", "not_run")
+_COLUMNS = ("state", "cell", "progress", "left", "score %", "success %", "training")
+_LESS = ("training", "success %", "left", "score %")
 _METRICS = ("score", "success", "reward", "loss", "kl")
 
 
@@ -88,22 +91,34 @@ def frame(cells: Sequence[CellView], lines: int) -> Group:
     counts = Counter(cell.state for cell in cells)
     parts = [f"{counts[name]} {name.replace('_', ' ')}" for name in _ORDER if counts[name]]
     head = f"{len(cells)} cells: {', '.join(parts) or 'none yet'}"
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("state", "cell", "progress", "left", "score %", "success %", "training"):
-        table.add_column(name, no_wrap=name != "cell")
     ordered = sorted(cells, key=lambda cell: _ORDER.index(cell.state))
-    for cell in ordered[:lines]:
-        table.add_row(
-            Text(cell.state.replace("_", " "), style=_STYLES.get(cell.state, "")),
-            Text(cell.title),
-            Text(f"{cell.phase} {cell.at}/{cell.to}".strip()),
-            Text(_left(cell.eta_seconds)),
-            Text("" if cell.score is None else f"{100 * cell.score:.1f}"),
-            Text("" if cell.success is None else f"{100 * cell.success:.1f}"),
-            Text(_training(cell.metrics)),
-        )
+    rows = [_texts(cell) for cell in ordered[:lines]]
+
+    def build(kept: Sequence[int], width: int | None) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for place in kept:
+            cell = _COLUMNS[place] == "cell"
+            table.add_column(_COLUMNS[place], no_wrap=not cell, max_width=width if cell else None)
+        for row in rows:
+            table.add_row(*(row[place] for place in kept))
+        return table
+
+    table = Fitted(_COLUMNS, tuple(_COLUMNS.index(name) for name in _LESS), build)
     more = len(ordered) - lines
     return Group(Text(head, style="bold"), table, *([Text(f"and {more} more")] if more > 0 else []))
+
+
+def _texts(cell: CellView) -> tuple[Text, ...]:
+    """Return a cell's line, a text a column."""
+    return (
+        Text(cell.state.replace("_", " "), style=_STYLES.get(cell.state, "")),
+        Text(cell.title),
+        Text(f"{cell.phase} {cell.at}/{cell.to}".strip()),
+        Text(_left(cell.eta_seconds)),
+        Text("" if cell.score is None else f"{100 * cell.score:.1f}"),
+        Text("" if cell.success is None else f"{100 * cell.success:.1f}"),
+        Text(_training(cell.metrics)),
+    )
 
 
 def _cell(runs: Path, cell: store.SuiteCell) -> CellView:

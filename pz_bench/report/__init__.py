@@ -69,6 +69,7 @@ def as_csv(board: Leaderboard) -> str:
         for score in row.scores:
             line = asdict(score)
             line["seeds"] = " ".join(map(str, score.seeds))
+            line["pass_at"] = " ".join(f"{k}:{share}" for k, share in score.pass_at)
             writer.writerow(head | line)
     return buffer.getvalue()
 

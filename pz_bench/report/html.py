@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from pz_bench.report import plots, tables
+from pz_bench.report import plots, side_tables, tables
 from pz_bench.report.leaderboard import Leaderboard
 
 
@@ -27,12 +27,18 @@ def render(board: Leaderboard) -> str:
         notes=tables.notes(board),
         macro=plots.score_panel(board, None),
         aggregates=tables.aggregates(board),
+        samples=side_tables.samples(board),
+        families=side_tables.families(board),
+        family_panels=plots.family_panels(board),
+        profile=plots.profile_panel(board),
+        training=plots.training_panels(board),
         retries=tables.retries(board),
         comparisons=tables.comparisons(board),
         not_run=tables.not_run(board),
         unranked=tables.unranked(board),
         sections=[_section(board, place) for place in range(len(board.environments))],
         definitions=tables.definitions(board),
+        sources=side_tables.published_sources(board),
         settings=tables.settings(board),
     )
 
@@ -45,5 +51,6 @@ def _section(board: Leaderboard, place: int) -> dict[str, Any]:
         "link": tables.link(environment),
         "family": environment.family_title,
         "table": tables.details(board, environment),
+        "published": side_tables.published(board, environment),
         "panels": [panel for panel in found if panel is not None],
     }

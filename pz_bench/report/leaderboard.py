@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pz_bench import ranking, scores, stats
+from pz_bench import anchors, ranking, scores, stats
 from pz_bench.cell import CellResult, canonical, is_trained
 from pz_bench.ranking import Aggregate, Standing
-from pz_bench.report import grouping
+from pz_bench.report import curves, grouping
+from pz_bench.report.draws import Draws
 from pz_bench.scores import Comparison, Score
 from pz_envs import catalog
 from pz_envs.families import FAMILIES
+
+THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(51))
+"""Scores at which a performance profile is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,25 @@ class Macro:
 
 
 @dataclass(frozen=True, slots=True)
+class FamilyMean:
+    """The mean over the environments of one family that has several, in 0..1."""
+
+    family: str
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table.
 
     ``rank`` counts complete rows that are no anchors, ``standing`` is how sure it is; ``reason``
     says why a row is not complete, and then ``macro``, ``task_mean`` (each environment counting
-    once) and ``aggregate`` (over seeds x environments) are None. ``scores`` has one entry for each
-    environment the row was planned on, in the order of the columns.
+    once), ``aggregate`` and ``profile`` (over seeds x environments) are None. ``scores`` has one
+    entry for each environment the row was planned on, in the order of the columns; ``families`` one
+    for each family with several environments on all of which the row is ranked, in a suite of
+    several families.
     """
 
     label: str
@@ -75,6 +89,8 @@ class Row:
     standing: Standing | None = None
     task_mean: float | None = None
     aggregate: Aggregate | None = None
+    families: tuple[FamilyMean, ...] = ()
+    profile: tuple[float, ...] | None = None
 
     def score(self, environment: str) -> Score | None:
         """Return the score on the environment of that name, None when it was never planned."""
@@ -83,7 +99,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Leaderboard:
-    """Everything a report shows; made of plain values, ready for ``dataclasses.asdict``."""
+    """Everything a report shows; made of plain values, ready for ``dataclasses.asdict``.
+
+    ``published`` are other people's figures on these environments, ``curves`` what training
+    measured. ``Row.profile`` has the share of runs above each of ``thresholds``.
+    """
 
     suite: str
     title: str
@@ -94,6 +114,9 @@ class Leaderboard:
     comparisons: tuple[Comparison, ...]
     left_out: tuple[str, ...]
     versions: Mapping[str, tuple[str, ...]]
+    thresholds: tuple[float, ...] = THRESHOLDS
+    published: tuple[anchors.Published, ...] = ()
+    curves: tuple[curves.Curve, ...] = ()
 
     @property
     def not_run(self) -> tuple[tuple[str, Score], ...]:
@@ -111,13 +134,19 @@ class Leaderboard:
         return tuple(dict.fromkeys(environment.family for environment in self.environments))
 
 
-def build(results: Sequence[CellResult], suite: str, title: str = "") -> Leaderboard:
+def build(
+    results: Sequence[CellResult],
+    suite: str,
+    title: str = "",
+    training: Mapping[str, curves.Training] | None = None,
+) -> Leaderboard:
     """Return the leaderboard of ``results``, whatever their order.
 
     Args:
         results: the cells of the suite, the ones not run among them.
         suite: the suite's name; files are called after it.
         title: a heading for people; the suite's name by default.
+        training: cell id -> the steps of its training, where there were any.
 
     Raises:
         ConfigError: a cell's environment is not in the catalogue.
@@ -136,17 +165,20 @@ def build(results: Sequence[CellResult], suite: str, title: str = "") -> Leaderb
     lines = {
         label: grouping.grouped(line, grouping.column) for label, line in grouping.labelled(cells)
     }
-    rows = [_row(label, lines[label], environments) for label in sorted(lines)]
+    drawn = {label: Draws(lines[label], environments) for label in lines}
+    rows = [_row(label, lines[label], environments, drawn[label]) for label in sorted(lines)]
     return Leaderboard(
         suite=suite,
         title=title or suite,
         level=stats.LEVEL,
         resamples=stats.RESAMPLES,
         environments=tuple(environments),
-        rows=_ranked(rows, lines, environments),
+        rows=_ranked(rows, drawn),
         comparisons=tuple(_comparisons(rows, lines, environments)),
         left_out=tuple(left_out),
         versions=_versions(cells),
+        published=anchors.published(each.name for each in environments),
+        curves=tuple(_curves(lines, environments, training or {})),
     )
 
 
@@ -180,7 +212,10 @@ def _positions() -> Mapping[str, int]:
 
 
 def _row(
-    label: str, cells: Mapping[str, list[CellResult]], environments: Sequence[Environment]
+    label: str,
+    cells: Mapping[str, list[CellResult]],
+    environments: Sequence[Environment],
+    draws: Draws,
 ) -> Row:
     spec = next(iter(cells.values()))[0].spec
     own = tuple(
@@ -201,11 +236,52 @@ def _row(
         tiny=spec.model == "tiny",
         rank=None,
         reason=reason,
-        macro=None if reason else _macro(cells, own, environments),
+        macro=None if reason else _macro(own, draws),
         scores=own,
         task_mean=None if reason else _task_mean(own),
-        aggregate=None if reason else _aggregate(cells, environments),
+        aggregate=None if reason else _aggregate(draws, environments),
+        families=tuple(_family_means(own, environments, draws)),
+        profile=None if reason else _profile(draws, environments),
     )
+
+
+def _family_means(
+    own: Sequence[Score], environments: Sequence[Environment], draws: Draws
+) -> Iterator[FamilyMean]:
+    ranked = {score.environment for score in own if score.status == "ranked"}
+    families = Counter(each.family for each in environments)
+    for family, size in families.items():
+        if (
+            len(families) < 2
+            or size < 2
+            or not ranked.issuperset(each.name for each in environments if each.family == family)
+        ):
+            continue
+        low, high = stats.percentile_interval(draws.family(family))
+        numbers = (draws.family_mean(family), low, high)
+        yield FamilyMean(family, *(scores.rounded(value) for value in numbers))
+
+
+def _profile(draws: Draws, environments: Sequence[Environment]) -> tuple[float, ...] | None:
+    """Return the share of runs (seed x environment) above each threshold; None for one column."""
+    if len(environments) < 2:
+        return None
+    found = ranking.performance_profile(draws.seed_means(), THRESHOLDS)
+    return tuple(scores.rounded(share) for share in found)
+
+
+def _curves(
+    lines: Mapping[str, Mapping[str, list[CellResult]]],
+    environments: Sequence[Environment],
+    training: Mapping[str, curves.Training],
+) -> Iterator[curves.Curve]:
+    for environment in environments:
+        for label in sorted(lines):
+            cells = lines[label].get(environment.name, [])
+            seeds = [training.get(cell.id, ()) for cell in cells]
+            found = curves.curve(label, environment.name, environment.metric, seeds)
+            if found is not None:
+                yield found
 
 
 def _row_reason(own: Sequence[Score], environments: Sequence[Environment]) -> str | None:
@@ -219,43 +295,22 @@ def _row_reason(own: Sequence[Score], environments: Sequence[Environment]) -> st
     return "; ".join(f"{lack}: {', '.join(names)}" for lack, names in lacks.items()) or None
 
 
-def _macro(
-    cells: Mapping[str, list[CellResult]],
-    own: Sequence[Score],
-    environments: Sequence[Environment],
-) -> Macro:
+def _macro(own: Sequence[Score], draws: Draws) -> Macro:
     if len(own) == 1 and own[0].value is not None:
         return Macro(own[0].value, own[0].low, own[0].high)
-    found = stats.macro_mean(_families(cells, environments))
+    found = (draws.macro_mean(), *stats.percentile_interval(draws.macro()))
     return Macro(*(scores.rounded(value) for value in found))
-
-
-def _families(
-    cells: Mapping[str, list[CellResult]], environments: Sequence[Environment]
-) -> dict[str, dict[str, stats.Floats]]:
-    """Return family -> environment -> [S, I] of the metric."""
-    families: dict[str, dict[str, stats.Floats]] = {}
-    for environment in environments:
-        values = scores.matrix(cells[environment.name], environment.metric)
-        families.setdefault(environment.family, {})[environment.name] = values
-    return families
 
 
 def _task_mean(own: Sequence[Score]) -> float:
     return scores.rounded(sum(score.value or 0.0 for score in own) / len(own))
 
 
-def _aggregate(
-    cells: Mapping[str, list[CellResult]], environments: Sequence[Environment]
-) -> Aggregate | None:
+def _aggregate(draws: Draws, environments: Sequence[Environment]) -> Aggregate | None:
     """Return the IQM over seeds x environments; None for a suite of one environment."""
     if len(environments) < 2:
         return None
-    tasks = {
-        each.name: np.nanmean(scores.matrix(cells[each.name], each.metric), axis=1)
-        for each in environments
-    }
-    found = ranking.aggregate(tasks)
+    found = ranking.aggregate(draws.seed_means())
     return found._replace(
         iqm=scores.rounded(found.iqm),
         low=scores.rounded(found.low),
@@ -263,11 +318,7 @@ def _aggregate(
     )
 
 
-def _ranked(
-    rows: Sequence[Row],
-    lines: Mapping[str, Mapping[str, list[CellResult]]],
-    environments: Sequence[Environment],
-) -> tuple[Row, ...]:
+def _ranked(rows: Sequence[Row], draws: Mapping[str, Draws]) -> tuple[Row, ...]:
     """Return complete rows by macro mean, then the others by label, anchors last.
 
     Equal means share a rank.
@@ -278,8 +329,8 @@ def _ranked(
     )
     compete = [row for row in complete if not row.anchor]
     means = [_mean(row) for row in compete]
-    draws = [stats.macro_replicates(_families(lines[row.label], environments)) for row in compete]
-    standings = ranking.standings(draws) if len(compete) > 1 else [None] * len(compete)
+    replicates = [draws[row.label].macro() for row in compete]
+    standings = ranking.standings(replicates) if len(compete) > 1 else [None] * len(compete)
     placed = {
         row.label: replace(row, rank=1 + means.index(_mean(row)), standing=standing)
         for row, standing in zip(compete, standings, strict=True)
@@ -316,7 +367,6 @@ def _comparisons(
                 lines[row.label][environment.name],
                 lines[other.label][environment.name],
                 environment.metric,
-                environment.name,
             )
             if result is None:
                 continue

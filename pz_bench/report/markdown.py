@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pz_bench.report import tables
+from pz_bench.report import side_tables, tables
 from pz_bench.report.leaderboard import Leaderboard
 from pz_bench.report.tables import Cell, Header, Table
+
+_ALT = {
+    "scores": "Scores with intervals",
+    "cost": "Score by sampled tokens",
+    "profiles": "Performance profiles",
+    "training": "Learning curves by steps, tokens and hours",
+}
 
 
 def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
@@ -25,6 +32,12 @@ def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
     retries = tables.retries(board)
     if retries.rows:
         parts += ["## Success, steps, attempts, improvement", _table(retries)]
+    by_family = side_tables.families(board)
+    if by_family.rows:
+        parts += ["## By family", _table(by_family)]
+    samples = side_tables.samples(board)
+    if samples.rows:
+        parts += ["## Mathematics by samples", _table(samples)]
     if board.comparisons:
         parts += ["## Comparisons", _table(tables.comparisons(board))]
     for heading, table in (
@@ -36,11 +49,18 @@ def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
     parts.append("## Environments")
     for environment in board.environments:
         parts += [f"### {_escape(environment.name)}", _table(tables.details(board, environment))]
+        published = side_tables.published(board, environment)
+        if published.rows:
+            parts += ["Published, not ranked:", _table(published)]
     parts.append("## Definitions")
     parts += [
         f'<a id="{link}"></a>**{_escape(title)}.** {_escape(text)}'
         for link, title, text in tables.definitions(board)
     ]
+    sources = side_tables.published_sources(board)
+    if sources:
+        parts.append('<a id="published"></a>**Published figures.** Conditions differ from ours.')
+        parts.append("\n".join(f"- {_escape(line)}" for line in sources))
     parts += ["## Settings", _table(tables.settings(board))]
     parts += [
         f"- {_escape(row.label)}: {_escape(row.settings)}" for row in board.rows if row.settings
@@ -97,4 +117,4 @@ def _escape(text: str) -> str:
 
 
 def _alt(name: str) -> str:
-    return "Score by sampled tokens" if name.endswith("-cost.svg") else "Scores with intervals"
+    return next(text for ending, text in _ALT.items() if name.endswith(f"-{ending}.svg"))

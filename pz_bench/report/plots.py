@@ -1,64 +1,78 @@
 """Plots of a leaderboard: scores with intervals, and score against sampled tokens.
 
-The same leaderboard gives the same bytes: no dates, a fixed salt for SVG ids, matplotlib's own
-font, and no global state. Colours follow rows, anchors are grey, and what is not ranked is hatched.
-Every plot exists as one figure for files, and as one small figure a panel, whose ink takes the
-page's text colour, for HTML.
+Bars are of the macro mean, of families and of environments; what is not ranked is hatched. Every
+plot exists as one figure for files, and as one small figure a panel for HTML. A panel shows the
+anchors and the best rows, a file's figure no more panels than can be read: the tables hold all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from pz_bench.report import tables
+from pz_bench.report import line_plots, tables
+from pz_bench.report.drawing import (
+    INK,
+    MOST_ROWS,
+    Panel,
+    colours,
+    element,
+    finish,
+    png,
+    style,
+    svg,
+    ticks,
+)
 from pz_bench.report.leaderboard import Environment, Leaderboard, Row
 
-# Okabe and Ito's colours that keep their contrast on white and on black.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_ANCHORS = {"random": "#9aa3ad", "expert": "#717b87"}
-_INK = "#1f2933"
-_RULE = "#8a94a0"
 _WIDTH = 4.6
 _COST_HEIGHT = 2.9
+_MOST_PLACES = 12
 
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One small plot as an ``<svg>`` element, and what it shows, for those who cannot see it."""
-
-    svg: str
-    alt: str
+Place = Environment | str | None
+"""What a panel of bars is of: an environment, a family's name, or the macro mean."""
 
 
 def files(board: Leaderboard) -> dict[str, bytes]:
     """Return file name -> bytes of every plot, as SVG and PNG."""
     found = {}
-    with _style(board.suite, "path"):
-        for name, figure in _figures(board):
-            found[f"{board.suite}-{name}.svg"] = _svg(figure)
-            found[f"{board.suite}-{name}.png"] = _png(figure)
+    with style(board.suite, "path"):
+        for name, figure in (*_figures(board), *line_plots.figures(board)):
+            found[f"{board.suite}-{name}.svg"] = svg(figure)
+            found[f"{board.suite}-{name}.png"] = png(figure)
     return found
 
 
-def score_panel(board: Leaderboard, environment: Environment | None) -> Panel | None:
-    """Return bars with intervals on one environment, or of the macro mean for None."""
-    bars = _bars(board, environment)
+def score_panel(board: Leaderboard, environment: Place) -> Panel | None:
+    """Return bars with intervals on one environment, one family, or of the macro mean for None."""
+    bars = _best(_bars(board, environment))
     if not bars:
         return None
-    svg = _inline(board, environment, _draw_bars, _bars_height(len(bars)))
+    drawn = _inline(board, environment, _draw_bars, _bars_height(len(bars)))
     words = ", ".join(f"{bar.label} {tables.value(bar.value, bar.low, bar.high)}" for bar in bars)
-    return Panel(svg, f"{_title(environment)}, percent: {words}")
+    return Panel(drawn, f"{_title(board, environment)}, percent: {words}")
+
+
+def family_panels(board: Leaderboard) -> list[Panel]:
+    """Return bars with intervals of each family that has several environments."""
+    found = (score_panel(board, family) for family in _families(board))
+    return [panel for panel in found if panel is not None]
+
+
+def profile_panel(board: Leaderboard) -> Panel | None:
+    """Return performance profiles; None for a suite of one environment."""
+    return line_plots.profile_panel(board)
+
+
+def training_panels(board: Leaderboard) -> list[Panel]:
+    """Return learning curves of each environment, by steps, tokens and hours."""
+    return line_plots.training_panels(board)
 
 
 def cost_panel(board: Leaderboard, environment: Environment) -> Panel | None:
@@ -66,12 +80,12 @@ def cost_panel(board: Leaderboard, environment: Environment) -> Panel | None:
     points = _points(board, environment)
     if not points:
         return None
-    svg = _inline(board, environment, _draw_cost, _COST_HEIGHT)
+    drawn = _inline(board, environment, _draw_cost, _COST_HEIGHT)
     words = ", ".join(
         f"{bar.label} {tables.percent(bar.value)} with {tables.amount(bar.tokens)} tokens"
         for bar in points
     )
-    return Panel(svg, f"{_title(environment)} by sampled tokens: {words}")
+    return Panel(drawn, f"{_title(board, environment)} by sampled tokens: {words}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +99,32 @@ class _Bar:
     tokens: float
 
 
-def _bars(board: Leaderboard, environment: Environment | None) -> list[_Bar]:
+def _families(board: Leaderboard) -> list[str]:
+    return list(dict.fromkeys(each.family for row in board.rows for each in row.families))
+
+
+def _bars(board: Leaderboard, environment: Place) -> list[_Bar]:
     return [bar for row in board.rows if (bar := _bar(row, environment)) is not None]
 
 
-def _bar(row: Row, environment: Environment | None) -> _Bar | None:
+def _best(bars: Sequence[_Bar]) -> list[_Bar]:
+    """Return the anchors and the ``MOST_ROWS`` best others, in the order given."""
+    own = sorted((bar for bar in bars if not bar.anchor), key=lambda bar: (-bar.value, bar.label))
+    kept = {bar.label for bar in own[:MOST_ROWS]}
+    return [bar for bar in bars if bar.anchor or bar.label in kept]
+
+
+def _bar(row: Row, environment: Place) -> _Bar | None:
     if environment is None:
         if row.macro is None:
             return None
         macro = row.macro
         return _Bar(row.label, macro.mean, macro.low, macro.high, True, row.anchor, 0.0)
+    if isinstance(environment, str):
+        for found in row.families:
+            if found.family == environment:
+                return _Bar(row.label, found.mean, found.low, found.high, True, row.anchor, 0.0)
+        return None
     score = row.score(environment.name)
     if score is None or score.value is None:
         return None
@@ -103,25 +133,25 @@ def _bar(row: Row, environment: Environment | None) -> _Bar | None:
 
 
 def _points(board: Leaderboard, environment: Environment) -> list[_Bar]:
-    return [bar for bar in _bars(board, environment) if bar.tokens > 0]
+    return _best([bar for bar in _bars(board, environment) if bar.tokens > 0])
 
 
 def _figures(board: Leaderboard) -> list[tuple[str, Figure]]:
-    places: list[Environment | None] = [None, *board.environments]
+    places: list[Place] = [None, *_families(board)]
+    if len(board.environments) <= _MOST_PLACES:
+        places += board.environments
     scored = [place for place in places if _bars(board, place)]
-    sampled = [place for place in board.environments if _points(board, place)]
+    sampled = [place for place in board.environments if _points(board, place)][:_MOST_PLACES]
     found = []
     if scored:
-        tallest = max(len(_bars(board, place)) for place in scored)
+        tallest = max(len(_best(_bars(board, place))) for place in scored)
         found.append(("scores", _grid(board, scored, _draw_bars, _bars_height(tallest))))
     if sampled:
         found.append(("cost", _grid(board, sampled, _draw_cost, _COST_HEIGHT)))
     return found
 
 
-def _grid(
-    board: Leaderboard, places: Sequence[Environment | None], draw: Any, height: float
-) -> Figure:
+def _grid(board: Leaderboard, places: Sequence[Place], draw: Any, height: float) -> Figure:
     """Return one figure with a panel a place, all of one size, placed without a layout engine."""
     columns = min(len(places), 2 if len(places) <= 8 else 4)
     lines = math.ceil(len(places) / columns)
@@ -134,7 +164,7 @@ def _grid(
         from_left = (across * _WIDTH + left) / (_WIDTH * columns)
         from_bottom = ((lines - 1 - down) * height + bottom) / (height * lines)
         size = (width / (_WIDTH * columns), tall / (height * lines))
-        draw(figure.add_axes((from_left, from_bottom, *size)), board, place, _colours(board))
+        draw(figure.add_axes((from_left, from_bottom, *size)), board, place, colours(board))
     return figure
 
 
@@ -147,35 +177,30 @@ def _bars_height(bars: int) -> float:
     return 0.75 + 0.36 * bars
 
 
-def _colours(board: Leaderboard) -> dict[str, str]:
-    """Return label -> colour; a row keeps its colour when the ranks change."""
-    own = sorted(row.label for row in board.rows if not row.anchor)
-    colours = {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(own)}
-    return colours | {row.label: _ANCHORS[row.algorithm] for row in board.rows if row.anchor}
-
-
-def _title(environment: Environment | None) -> str:
+def _title(board: Leaderboard, environment: Place) -> str:
     if environment is None:
         return "Macro mean over families"
+    if isinstance(environment, str):
+        titles = {each.family: each.family_title for each in board.environments}
+        return f"{titles[environment]}: mean"
     return f"{environment.short}: {tables.metric_name(environment).lower()}"
 
 
-def _draw_bars(
-    axes: Any, board: Leaderboard, environment: Environment | None, colours: Mapping[str, str]
-) -> None:
-    bars = _bars(board, environment)
+def _draw_bars(axes: Any, board: Leaderboard, environment: Place, ink: Mapping[str, str]) -> None:
+    every = _bars(board, environment)
+    bars = _best(every)
     places = range(len(bars))
     drawn = axes.barh(places, [100 * bar.value for bar in bars], height=0.62, linewidth=0.8)
     for bar, patch in zip(bars, drawn, strict=True):
-        patch.set_edgecolor(colours[bar.label])
-        patch.set_facecolor(colours[bar.label] if bar.ranked else "none")
+        patch.set_edgecolor(ink[bar.label])
+        patch.set_facecolor(ink[bar.label] if bar.ranked else "none")
         patch.set_hatch(None if bar.ranked else "////")
     axes.errorbar(
         [100 * bar.value for bar in bars],
         places,
         xerr=_sides(bars),
         fmt="none",
-        ecolor=_INK,
+        ecolor=INK,
         elinewidth=1.1,
         capsize=2.5,
     )
@@ -187,28 +212,34 @@ def _draw_bars(
             textcoords="offset points",
             va="center",
             fontsize=8.5,
-            color=_INK,
+            color=INK,
         )
     axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
     axes.set_ylim(len(bars) - 0.45, -0.55)
     axes.set_xlim(0, 116)
     axes.xaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
-    _finish(axes, _title(environment), grid="x")
+    if len(bars) < len(every):
+        axes.text(
+            1.0,
+            0.01,
+            f"the best {len(bars)} of {len(every)}; all are in the table",
+            transform=axes.transAxes,
+            ha="right",
+            fontsize=8,
+            color=INK,
+        )
+    finish(axes, _title(board, environment), grid="x")
 
 
-def _draw_cost(
-    axes: Any, board: Leaderboard, environment: Environment | None, colours: Mapping[str, str]
-) -> None:
-    assert environment is not None, "cost is drawn an environment at a time"
+def _draw_cost(axes: Any, board: Leaderboard, environment: Place, ink: Mapping[str, str]) -> None:
+    assert isinstance(environment, Environment), "cost is drawn an environment at a time"
     points = _points(board, environment)
     tokens = [point.tokens for point in points]
     low, high = min(tokens) / 2.2, max(tokens) * 2.2
-    for bar in _bars(board, environment):
+    for bar in _best(_bars(board, environment)):
         if bar.tokens > 0:
             continue
-        axes.axhline(
-            100 * bar.value, color=colours[bar.label], linewidth=1.2, linestyle=(0, (4, 3))
-        )
+        axes.axhline(100 * bar.value, color=ink[bar.label], linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
             bar.label,
             (0.01, 100 * bar.value),
@@ -216,10 +247,10 @@ def _draw_cost(
             xytext=(0, 3 if bar.value < 0.9 else -9),
             textcoords="offset points",
             fontsize=8,
-            color=_INK,
+            color=INK,
         )
     for point, height in zip(points, _apart([100 * each.value for each in points]), strict=True):
-        colour = colours[point.label]
+        colour = ink[point.label]
         axes.errorbar(
             point.tokens,
             100 * point.value,
@@ -241,17 +272,17 @@ def _draw_cost(
             va="bottom",
             ha="left" if right else "right",
             fontsize=8.5,
-            color=_INK,
+            color=INK,
         )
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.set_ylim(-4, 108)
-    axes.xaxis.set_major_locator(FixedLocator(_ticks(low, high)))
+    axes.xaxis.set_major_locator(FixedLocator(ticks(low, high)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: tables.amount(number)))
     axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
-    axes.set_xlabel("sampled tokens an episode", fontsize=8.5, color=_INK)
-    _finish(axes, f"{_title(environment)} by tokens", grid="y")
+    axes.set_xlabel("sampled tokens an episode", fontsize=8.5, color=INK)
+    finish(axes, f"{_title(board, environment)} by tokens", grid="y")
 
 
 def _sides(bars: Sequence[_Bar]) -> list[list[float]]:
@@ -271,65 +302,7 @@ def _apart(heights: Sequence[float], least: float = 9.0) -> list[float]:
     return moved
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about three round numbers between the ends of a logarithmic axis."""
-    tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [
-            step * 10.0**ten for ten in tens for step in steps if low <= step * 10.0**ten <= high
-        ]
-        if len(ticks) >= 3:
-            break
-    return ticks
-
-
-def _finish(axes: Any, title: str, grid: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
-    axes.grid(axis=grid, color=_RULE, alpha=0.3, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=8.5, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
-    axes.patch.set_alpha(0)
-
-
-@contextlib.contextmanager
-def _style(salt: str, text: str) -> Iterator[None]:
-    """Draw with matplotlib's own defaults, whatever this machine's configuration says."""
-    defaults = {key: each for key, each in matplotlib.rcParamsDefault.items() if key != "backend"}
-    own = {
-        "svg.hashsalt": salt,
-        "svg.fonttype": text,
-        "font.family": "DejaVu Sans",
-        "hatch.linewidth": 0.8,
-    }
-    with matplotlib.rc_context(defaults | own):
-        yield
-
-
-def _svg(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "pz-bench"})
-    return buffer.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _inline(board: Leaderboard, place: Environment | None, draw: Any, height: float) -> str:
-    """Return a panel as an element of a page: its ink is the page's, its size the column's."""
-    with _style(f"{board.suite} {_title(place)} {draw.__name__}", "none"):
-        figure = _grid(board, [place], draw, height)
-        figure.patch.set_alpha(0)
-        text = _svg(figure).decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
-    return text.replace(_INK, "currentColor")
+def _inline(board: Leaderboard, place: Place, draw: Any, height: float) -> str:
+    """Return a panel as an element of a page."""
+    with style(f"{board.suite} {_title(board, place)} {draw.__name__}", "none"):
+        return element(_grid(board, [place], draw, height))

@@ -25,6 +25,9 @@ _IMPROVE = (
 )
 
 
+_BEST = "Highest score within 100 steps of an episode, mean; the score beside it is the final one"
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One cell: what is shown, what it sorts by, what a pointer over it explains."""
@@ -58,7 +61,7 @@ def headline(board: Leaderboard) -> Table:
     best = _best(board)
     lines = []
     for row in board.rows:
-        line = [_rank(row), _label(row), _macro(row, best.get("macro"))]
+        line = [_rank(row), row_label(row), _macro(row, best.get("macro"))]
         line += [
             _score(row.score(each.name), best.get(each.name), row) for each in board.environments
         ]
@@ -84,7 +87,7 @@ def aggregates(board: Leaderboard) -> Table:
     )
     lines = [
         (
-            _label(row),
+            row_label(row),
             _macro(row, None),
             Cell(percent(row.task_mean), row.task_mean, kind="value"),
             _iqm(row.aggregate),
@@ -100,6 +103,7 @@ def details(board: Leaderboard, environment: Environment) -> Table:
     """Return everything known of each row on one environment."""
     best = _best(board).get(environment.name)
     improve = any(score.improve is not None for score in _scores_of(board, environment))
+    high = any(score.best is not None for score in _scores_of(board, environment))
     heads = (
         Header("Algorithm · model"),
         Header(
@@ -110,6 +114,7 @@ def details(board: Leaderboard, environment: Environment) -> Table:
         Header("95 % interval", "Percent"),
         Header("Success", "Share of episodes that succeed, percent"),
         Header("Score", "Mean of the family's own score, of the most there is"),
+        *([Header("Best in 100", _BEST)] if high else []),
         Header(environment.turns_name, "Turns, mean an episode"),
         *([Header("Improve", _IMPROVE)] if improve else []),
         Header("Invalid", "Share of turns whose action was not legal, percent"),
@@ -123,7 +128,9 @@ def details(board: Leaderboard, environment: Environment) -> Table:
     for row in board.rows:
         score = row.score(environment.name)
         if score is not None:
-            lines.append((_label(row), _score(score, best, row), *_numbers(score, improve)))
+            lines.append(
+                (row_label(row), _score(score, best, row), *_numbers(score, improve, high))
+            )
     return Table(heads, tuple(lines))
 
 
@@ -150,7 +157,7 @@ def retries(board: Leaderboard) -> Table:
             lines.append(
                 (
                     Cell(environment.short, environment.short, kind="label"),
-                    _label(row),
+                    row_label(row),
                     Cell(percent(success), success, kind="value"),
                     *((turns, absent) if steps else (absent, turns)),
                     _improve(score),
@@ -297,6 +304,11 @@ def notes(board: Leaderboard) -> list[str]:
             "Anchors show the range and have no rank: random acts at random, expert plays the "
             "known solution."
         )
+    if board.published:
+        found.append(
+            "Figures marked published are other people's, under their own protocols; they stand "
+            "under each environment's table and have no rank."
+        )
     found += [
         f"{each.short} is {each.name}." for each in board.environments if each.name != each.id
     ]
@@ -402,7 +414,8 @@ def _standing(row: Row) -> tuple[Cell, Cell]:
     return Cell(text, low, kind="value"), Cell(str(group), group, kind="value")
 
 
-def _label(row: Row) -> Cell:
+def row_label(row: Row) -> Cell:
+    """Return the cell that names a row, with its settings for a pointer over it."""
     notes = [scores.TINY_LABEL] if row.tiny else []
     notes += [f"settings: {row.settings}"] if row.settings else []
     return Cell(row.label, row.label, "; ".join(notes), "label")
@@ -414,7 +427,7 @@ def _macro(row: Row, best: float | None) -> Cell:
     macro = row.macro
     strong = not row.anchor and macro.mean == best and macro.mean > 0
     text = value(macro.mean, macro.low, macro.high)
-    return Cell(text, macro.mean, _interval_title(macro.low, macro.high), "value", strong)
+    return Cell(text, macro.mean, interval_title(macro.low, macro.high), "value", strong)
 
 
 def _score(score: Score | None, best: float | None, row: Row) -> Cell:
@@ -428,18 +441,19 @@ def _score(score: Score | None, best: float | None, row: Row) -> Cell:
     if score.status == "unranked":
         return Cell(f"({text})", score.value, score.reason or "", "unranked")
     strong = not row.anchor and score.value == best and score.value > 0
-    return Cell(text, score.value, _interval_title(score.low, score.high), "value", strong)
+    return Cell(text, score.value, interval_title(score.low, score.high), "value", strong)
 
 
-def _interval_title(low: float | None, high: float | None) -> str:
+def interval_title(low: float | None, high: float | None) -> str:
+    """Return the interval in words."""
     if low is None or high is None:
         return "One episode: no interval"
     return f"95 % interval {percent(low)} to {percent(high)}"
 
 
-def _numbers(score: Score, improve: bool) -> tuple[Cell, ...]:
+def _numbers(score: Score, improve: bool, high: bool) -> tuple[Cell, ...]:
     if score.value is None:
-        return tuple(Cell(ABSENT, kind="missing") for _ in range(10 + improve))
+        return tuple(Cell(ABSENT, kind="missing") for _ in range(10 + improve + high))
     interval = (
         ABSENT
         if score.low is None or score.high is None
@@ -450,6 +464,7 @@ def _numbers(score: Score, improve: bool) -> tuple[Cell, ...]:
         Cell(interval, score.low, kind="value"),
         Cell(percent(success), success, kind="value"),
         Cell(f"{amount(score.score, 2)} of {amount(score.max_score)}", score.score, kind="value"),
+        *([Cell(amount(score.best, 2), score.best, kind="value")] if high else []),
         Cell(amount(score.turns), score.turns, kind="value"),
         *([_improve(score)] if improve else []),
         Cell(percent(invalid), invalid, kind="value"),
@@ -487,9 +502,10 @@ def _statistics(board: Leaderboard) -> list[str]:
         "Other means and the macro mean have percentile intervals of a bootstrap that draws seeds, "
         f"then instances shared by the drawn seeds ({board.resamples} replicates, fixed streams).",
         "Of these, an environment whose episodes all have the same value adds no width.",
-        "Comparisons are paired: the difference on shared instances, with a bootstrap that draws "
-        "each side's seeds and, jointly, the instances; p is the two-sided sign-flip permutation "
-        "p-value over instances, corrected by Holm's method over all comparisons of one kind; "
+        "Comparisons are paired: the difference on shared instances, with Student's interval over "
+        "the variances of instances and of each side's seeds and Satterthwaite's degrees of "
+        "freedom; p is the two-sided sign-flip permutation p-value over instances, "
+        "corrected by Holm's method over all comparisons of one kind; "
         "P(better) counts a tie as one half; the detectable difference is (z.975 + z.8) standard "
         "errors.",
         "Rank intervals are of the rank of the macro mean over the same bootstrap draws; the IQM "

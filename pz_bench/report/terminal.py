@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from pz_bench import scores
+from pz_bench.narrow import Fitted
 from pz_bench.report import tables
 from pz_bench.report.leaderboard import Leaderboard
 from pz_bench.report.tables import Cell, Header, Table
@@ -19,12 +23,10 @@ _STYLES = {"label": "bold", "value": "", "unranked": "yellow", "missing": "dim",
 def render_terminal(board: Leaderboard) -> RenderableType:
     """Return what a console prints of the leaderboard.
 
-    With more environments than fit side by side the table is turned: a line an environment.
+    With more environments than fit side by side the table is turned: a line an environment. Columns
+    that do not fit either way are left out from the right, and named.
     """
-    table = tables.headline(board)
-    if len(board.environments) > _WIDE:
-        table = _turned(table)
-    parts: list[RenderableType] = [render_table(board.title, table)]
+    parts: list[RenderableType] = [_Headline(board)]
     for each in board.comparisons:
         short = next(place.short for place in board.environments if place.name == each.environment)
         excludes = each.low > 0 or each.high < 0
@@ -43,6 +45,49 @@ def render_terminal(board: Leaderboard) -> RenderableType:
             parts.append(Text(f"{head}: {place} ({label}): {reason}{tail}", style="yellow"))
     parts.append(Text(" ".join(_notes(board)), style="dim"))
     return Group(*parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Headline:
+    """The headline table, upright or turned, as the console's width asks."""
+
+    board: Leaderboard
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table."""
+        upright = tables.headline(self.board)
+        first = _fitted(self.board.title, upright, always=3)
+        other = _fitted(self.board.title, _turned(upright), always=2)
+        if len(self.board.environments) > _WIDE:
+            first, other = other, first
+        yield (
+            first
+            if first.fits(console, options.max_width) or not other.fits(console, options.max_width)
+            else other
+        )
+
+
+def _fitted(title: str, table: Table, always: int) -> Fitted:
+    """Return the table without the last columns where they do not fit; ``always`` stay."""
+    names = tuple(header.text for header in table.headers)
+    text = next(
+        (place for place in range(len(names)) if all(r[place].kind == "label" for r in table.rows)),
+        0,
+    )
+
+    def build(kept: Sequence[int], width: int | None) -> RichTable:
+        part = Table(
+            tuple(table.headers[place] for place in kept),
+            tuple(tuple(row[place] for place in kept) for row in table.rows),
+        )
+        shown = render_table(title, part)
+        for place, column in zip(kept, shown.columns, strict=True):
+            column.no_wrap = place != text
+            column.overflow = "fold"
+            column.max_width = width if place == text else None
+        return shown
+
+    return Fitted(names, tuple(range(len(names) - 1, always - 1, -1)), build)
 
 
 def _notes(board: Leaderboard) -> list[str]:

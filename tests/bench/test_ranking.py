@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import rliable.metrics
@@ -36,6 +38,20 @@ def test_probability_of_improvement_equals_rliable_where_an_instance_is_a_task()
     assert ranking.probability_of_improvement(left, right) == pytest.approx(expected)
     against_itself = ranking.probability_of_improvement(left, left)
     assert against_itself == pytest.approx(0.5)
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_success():
+    outcomes = np.random.default_rng(8).integers(0, 2, (5, 7))
+    for k in range(1, 6):
+        draws = itertools.combinations(range(5), k)
+        expected = np.mean([outcomes[list(draw)].max(axis=0).mean() for draw in draws])
+        assert ranking.pass_at(outcomes, k) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_pass_at_k_needs_k_samples(k):
+    with pytest.raises(ValueError, match=r"k from 1 to 5, got"):
+        ranking.pass_at(np.zeros((5, 2)), k)
 
 
 def test_interquartile_mean_equals_rliable_and_scipy():

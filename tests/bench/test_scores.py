@@ -153,7 +153,7 @@ def test_a_single_episode_has_no_interval(make_cell):
 def test_comparisons_use_the_instances_that_both_played(make_cell):
     left = [make_cell("grpo", COUNTDOWN, [1, 1, 1, 0, 0, 0])]
     right = [make_cell("zeroshot", COUNTDOWN, [0, 1, 0, 0], seed=seed) for seed in (0, 1)]
-    found = scores.compare(left, right, "success", COUNTDOWN)
+    found = scores.compare(left, right, "success")
     difference, instances = found.difference, found.instances
     assert instances == 4
     assert difference.mean == 0.5
@@ -163,8 +163,43 @@ def test_comparisons_use_the_instances_that_both_played(make_cell):
 
 def test_without_shared_instances_there_is_no_comparison(make_cell):
     left, right = make_cell("grpo", COUNTDOWN, [1]), make_cell("zeroshot", ZORK, [1])
-    assert scores.compare([left], [right], "success", COUNTDOWN) is None
-    assert scores.compare([left], [], "success", COUNTDOWN) is None
+    assert scores.compare([left], [right], "success") is None
+    assert scores.compare([left], [], "success") is None
+
+
+def test_differences_of_shares_end_at_one(make_cell):
+    left, right = make_cell("grpo", ZORK, [1, 0.2]), make_cell("zeroshot", ZORK, [0, 0])
+    found = scores.compare([left], [right], "score_norm")
+    assert (found.difference.low, found.difference.high) == (-1.0, 1.0)
+
+
+def with_steps(cell, *paths):
+    """The cell with the score after each step of each episode."""
+    episodes = [
+        replace(episode, steps=tuple({"score": value} for value in path))
+        for episode, path in zip(cell.episodes, paths, strict=True)
+    ]
+    return replace(cell, episodes=tuple(episodes))
+
+
+def test_the_best_score_within_100_steps_stands_apart_from_the_final_one(make_cell):
+    cell = make_cell("random", ZORK, [0.1, 0.0], most=350)
+    late = [0.0] * 100 + [300.0]  # the 101st step is too late
+    score = score_of([with_steps(cell, [10.0, 45.0, 35.0], late)], ZORK)
+    assert (score.score, score.best) == (17.5, 22.5)
+    assert score_of([cell], ZORK).best is None  # no steps were recorded
+
+
+def test_pass_at_k_is_of_mathematics_with_several_seeds(make_cell):
+    cells = [
+        make_cell("zeroshot", "pz/AIME24-v0", values, seed=seed)
+        for seed, values in enumerate(([1, 0], [0, 0], [1, 0]))
+    ]
+    score = score_of(cells, "pz/AIME24-v0")
+    # the first question: 2 of 3 samples right, so 1 - C(1, k) / C(3, k); the second never
+    assert score.pass_at == ((1, 0.333333), (2, 0.5), (3, 0.5))
+    assert score_of(cells[:1], "pz/AIME24-v0").pass_at == ()
+    assert score_of([make_cell("random", COUNTDOWN, [1, 0])] * 2).pass_at == ()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,14 +165,15 @@ def test_a_family_of_many_games_counts_once():
         "countdown": {"a": np.full((2, 4), 0.9)},
         "jericho": {"b": np.full((2, 3), 0.1), "c": np.full((1, 5), 0.2), "d": np.zeros((2, 2))},
     }
-    found = stats.macro_mean(families)
-    assert found == pytest.approx((0.5, 0.5, 0.5))  # (.9 + (.1 + .2 + 0) / 3) / 2
+    found = stats.macro_replicates(families, 50)
+    assert found == pytest.approx(np.full(50, 0.5))  # (.9 + (.1 + .2 + 0) / 3) / 2
 
 
 def test_macro_interval_adds_the_environments_variances():
     random = np.random.default_rng(0)
     values = {name: random.random((1, 40)) for name in "abc"}
-    found = stats.macro_mean({"x": {"a": values["a"]}, "y": {"b": values["b"], "c": values["c"]}})
+    families = {"x": {"a": values["a"]}, "y": {"b": values["b"], "c": values["c"]}}
+    found = stats.percentile_interval(stats.macro_replicates(families))
     variance = (
         values["a"].var() / 40 / 4 + values["b"].var() / 40 / 16 + values["c"].var() / 40 / 16
     )
@@ -218,14 +220,67 @@ def test_wilson_with_effective_trials_covers_the_truth(seeds, instances, difficu
     assert 0.92 <= hits / len(chance) <= 0.97
 
 
+def normal_world(random, seeds, instances, spread):
+    """Hard instances shared by both sides, whose seeds differ by ``spread``; the truth is 0.1."""
+    hard = random.normal(0, 0.4, (1, instances))
+    left, right = (
+        hard + random.normal(0, spread, (seeds, 1)) + random.normal(0, 0.3, (seeds, instances))
+        for _ in range(2)
+    )
+    return left + 0.1, right
+
+
+def binary_world(random, seeds, instances, spread):
+    """The same with successes and failures, both sides alike; the truth is 0."""
+    hard = random.normal(-1, 1.5, (1, instances))
+    return tuple(
+        (
+            random.random((seeds, instances))
+            < scipy.special.expit(hard + random.normal(0, spread, (seeds, 1)))
+        ).astype(float)
+        for _ in range(2)
+    )
+
+
+PAIRED = [
+    (normal_world, 0.1, 1, 64, 0.0),
+    (normal_world, 0.1, 3, 64, 0.05),
+    (normal_world, 0.1, 3, 256, 0.05),
+    (normal_world, 0.1, 5, 16, 0.05),
+    (normal_world, 0.1, 10, 64, 0.02),
+    (binary_world, 0.0, 3, 64, 0.25),
+    (binary_world, 0.0, 5, 128, 0.5),
+]
+
+
 @pytest.mark.slow
-def test_paired_intervals_cover_the_truth():
+@pytest.mark.parametrize(("world", "truth", "seeds", "instances", "spread"), PAIRED)
+def test_paired_intervals_cover_the_truth(world, truth, seeds, instances, spread):
     random = np.random.default_rng(17)
-    hits = 0
-    for trial in range(600):
-        hard = random.normal(0, 0.4, (1, 64))
-        left = 0.1 + hard + random.normal(0, 0.05, (3, 1)) + random.normal(0, 0.3, (3, 64))
-        right = hard + random.normal(0, 0.3, (3, 64))
-        found = stats.paired_difference(left, right, stream=str(trial % 4), resamples=1000)
-        hits += found.low <= 0.1 <= found.high
-    assert 0.92 <= hits / 600 <= 0.98
+    worlds, hits = 4000, 0
+    for _ in range(worlds):
+        left, right = world(random, seeds, instances, spread)
+        found = stats.paired_difference(left, right, resamples=1)
+        hits += found.low <= truth <= found.high
+    assert 0.92 <= hits / worlds <= 0.97
+
+
+def test_one_seed_a_side_is_the_paired_t_interval_of_scipy():
+    random = np.random.default_rng(5)
+    left, right = random.random((1, 30)), random.random((1, 30))
+    found = stats.paired_difference(left, right)
+    theirs = scipy.stats.ttest_rel(left[0], right[0]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_one_instance_is_the_welch_interval_over_seeds_of_scipy():
+    random = np.random.default_rng(6)
+    left, right = random.random((5, 1)), random.random((4, 1))
+    found = stats.paired_difference(left, right)
+    theirs = scipy.stats.ttest_ind(left[:, 0], right[:, 0], equal_var=False)
+    interval = theirs.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+
+
+def test_one_value_a_side_has_a_difference_without_width():
+    assert stats.paired_difference([[0.5]], [[0.25]])[:3] == (0.25, 0.25, 0.25)
