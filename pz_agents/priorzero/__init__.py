@@ -1,5 +1,7 @@
-"""UniZero, and what guides it: a world model learned from play, and the search that plays by it.
+"""UniZero and PriorZero: a world model learned from play, a search, and a language model's prior.
 
-``settings`` is what a run is told, ``actor`` chooses commands by search, ``collect`` plays many
-episodes at once, ``run`` collects, remembers and learns in turn, ``agent`` plays what was learned.
+``settings`` is what a run is told, ``run`` collects, remembers and learns in turn, ``phases`` says
+which half learns when. ``actor`` chooses commands, ``collect`` and ``games`` play many episodes at
+once, ``evaluate`` plays each half alone, ``agent`` plays what was learned. Of the language model,
+``prior`` asks it, ``language`` trains it on what ``memory`` draws, and ``guidance`` keeps both.
 """

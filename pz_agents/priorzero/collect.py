@@ -8,6 +8,7 @@ reported as failed; its slot gets a new environment and the others go on.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,13 @@ class Played:
     success: bool = False
     statistics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def failed_priors(self) -> int:
+        """How many turns the language model was asked about and gave no opinion on."""
+        if self.segment is None or "llm_success" not in self.statistics:
+            return 0
+        return round((1.0 - self.statistics["llm_success"]) * len(self.segment.actions))
 
 
 @dataclass(slots=True, eq=False)
@@ -210,3 +218,30 @@ def _finish(live: _Live, last: int, info: Mapping[str, Any], terminated: bool) -
         success=info["success"],
         statistics={name: sum(values) / len(values) for name, values in found.items()},
     )
+
+
+def figures_of(played: Sequence[Played]) -> dict[str, float]:
+    """Return what is logged of a collection; means are over whole episodes."""
+    whole = [each for each in played if each.segment is not None]
+    rewards = [each.reward for each in whole]
+    lengths = [float(len(each.segment.actions)) for each in whole if each.segment is not None]
+    names = sorted({name for each in whole for name in each.statistics})
+    figures = {
+        f"collector_iter/{name}_mean": mean(
+            [each.statistics[name] for each in whole if name in each.statistics]
+        )
+        for name in names
+    }
+    return figures | {
+        "reward": mean(rewards),
+        "success": mean([float(each.success) for each in whole]),
+        "collector_iter/reward_mean": mean(rewards),
+        "collector_iter/reward_max": max(rewards, default=0.0),
+        "collector_iter/episode_length_mean": mean(lengths),
+        "collector_iter/failed": float(len(played) - len(whole)),
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; 0 of nothing."""
+    return math.fsum(values) / len(values) if values else 0.0

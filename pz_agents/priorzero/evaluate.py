@@ -7,25 +7,17 @@ and each game's own stands under its name.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from pz_agents.priorzero.actor import Actor, Mode
-from pz_agents.priorzero.collect import Played
+from pz_agents.priorzero.collect import Played, mean
 from pz_agents.priorzero.games import Game, MakeActor
 from pz_agents.priorzero.prior import LanguagePrior
-from pz_agents.training.monitors import read_metrics
 
 PREFIX = "evaluator_step/"
 _FEWER = ("reward_mean", "score", "success")
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean; 0 of nothing."""
-    return math.fsum(values) / len(values) if values else 0.0
 
 
 def modes(prior: LanguagePrior | None, *, mixed: bool) -> tuple[Mode, ...]:
@@ -95,30 +87,3 @@ def _figures(played: Sequence[Played]) -> dict[str, float]:
         "success": mean([float(each.success) for each in played]),
         "failed": float(sum(each.error is not None for each in played)),
     }
-
-
-def last_evaluation(folder: Path) -> str:
-    """Return one line about the last evaluation of the run in ``folder``; empty without one."""
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if _has_evaluation(line)]
-    if not lines:
-        return ""
-    parts = list(_parts(lines[-1]))
-    return f"evaluation at step {lines[-1]['step']:.0f}: {', '.join(parts)}"
-
-
-def _has_evaluation(line: Mapping[str, float]) -> bool:
-    return f"{PREFIX}reward_mean" in line
-
-
-def _parts(line: Mapping[str, float]) -> Iterator[str]:
-    names = {
-        "reward_mean": "reward",
-        "wm_reward_mean": "world model alone",
-        "llm_reward_mean": "language model alone",
-    }
-    for name, told in names.items():
-        if f"{PREFIX}{name}" in line:
-            yield f"{told} {line[PREFIX + name]:.2f}"
-    for name, value in line.items():
-        if name.startswith(PREFIX) and name.endswith("/reward_mean") and name.count("/") == 2:
-            yield f"{name.split('/')[1]} {value:.2f}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from pz_agents.sdk.types import Ids
 from pz_agents.search.tree import Floats
 from pz_agents.worldmodel import scalars
 from pz_agents.worldmodel.learner import WorldModelLearner
-from pz_agents.worldmodel.replay import Replay, Segment
+from pz_agents.worldmodel.replay import Replay, ReplaySettings, Segment
 from pz_agents.worldmodel.texts import Texts, state_text
 
 
@@ -61,11 +61,11 @@ class Memory:
 
     def state(self) -> list[Any]:
         """Return everything that is remembered, for torch.save."""
-        return packed(self._margins)
+        return _packed(self._margins)
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Remember what ``state`` returned, and nothing else."""
-        self._margins = deque(unpacked(state))
+        self._margins = deque(_unpacked(state))
 
     def draw(self, count: int, random: np.random.Generator) -> list[tuple[int, int]]:
         """Return the (episode, turn) of drawn turns, each at most once if there are enough."""
@@ -146,6 +146,42 @@ class Memory:
         return text
 
 
+class Waiting:
+    """Batches that were collected and wait to be learned from, oldest first.
+
+    Args:
+        texts: of their segments.
+        count: how many batches wait at most.
+    """
+
+    def __init__(self, texts: Texts, count: int) -> None:
+        self._texts, self._count = texts, count
+        self._batches: deque[Sequence[tuple[Segment, Margin]]] = deque()
+
+    def swap(self, batch: Sequence[tuple[Segment, Margin]]) -> Sequence[tuple[Segment, Margin]]:
+        """Take a batch in, and return the one whose turn it is; an empty one at the beginning."""
+        self._batches.append(batch)
+        return self._batches.popleft() if len(self._batches) > self._count else ()
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that waits, for torch.save."""
+        segments = Replay(self._texts, ReplaySettings(capacity=2**62))
+        for segment, _ in (each for batch in self._batches for each in batch):
+            segments.add(segment)
+        return {
+            "segments": segments.state(),
+            "margins": _packed([margin for batch in self._batches for _, margin in batch]),
+            "sizes": [len(batch) for batch in self._batches],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Hold what ``state`` returned, and nothing else."""
+        segments = Replay(self._texts)
+        segments.load_state(state["segments"])
+        both = iter(zip(segments.segments, _unpacked(state["margins"]), strict=True))
+        self._batches = deque([next(both) for _ in range(size)] for size in state["sizes"])
+
+
 @torch.no_grad()
 def estimated(world: WorldModelLearner, segment: Segment, texts: Texts) -> Floats:
     """Return z_t - v(o_t) of each turn: [L].
@@ -184,7 +220,7 @@ def estimated(world: WorldModelLearner, segment: Segment, texts: Texts) -> Float
     return (wanted - own)[0].double().numpy()
 
 
-def packed(margins: Sequence[Margin] | deque[Margin]) -> list[Any]:
+def _packed(margins: Sequence[Margin] | deque[Margin]) -> list[Any]:
     """Return margins as plain objects and tensors."""
 
     def plain(ids: Ids | None) -> torch.Tensor | None:
@@ -196,8 +232,8 @@ def packed(margins: Sequence[Margin] | deque[Margin]) -> list[Any]:
     ]
 
 
-def unpacked(state: Sequence[Any]) -> list[Margin]:
-    """Return what ``packed`` packed."""
+def _unpacked(state: Sequence[Any]) -> list[Margin]:
+    """Return what ``_packed`` packed."""
     return [
         Margin(
             sys.intern(instruction),

@@ -14,7 +14,6 @@ import json
 import logging
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,22 +31,23 @@ from pz_agents.priorzero.agent import (
     read_policy,
     world_model,
 )
-from pz_agents.priorzero.collect import Played
-from pz_agents.priorzero.evaluate import evaluate, last_evaluation, mean
+from pz_agents.priorzero.collect import Played, figures_of, mean
+from pz_agents.priorzero.evaluate import evaluate
 from pz_agents.priorzero.games import Game
 from pz_agents.priorzero.guidance import FOLDER, guidance_of, trained_model
-from pz_agents.priorzero.memory import Margin, Memory, packed, unpacked
+from pz_agents.priorzero.memory import Margin, Memory, Waiting
 from pz_agents.priorzero.settings import (
     FREE_TO_CHANGE,
     PriorZeroSettings,
     UniZeroSettings,
     check_resumable,
 )
+from pz_agents.priorzero.telling import PANELS, last_evaluation, progress_line
 from pz_agents.training import checkpoint
 from pz_agents.training.monitors import MetricsLog, read_metrics
 from pz_agents.training.plots import plot_panels
 from pz_agents.worldmodel.learner import WorldModelLearner
-from pz_agents.worldmodel.replay import Replay, ReplaySettings, Segment
+from pz_agents.worldmodel.replay import Replay, Segment
 from pz_envs.catalog import find
 from pz_envs.errors import DataError, InfraError
 from pz_envs.files import write_atomic
@@ -62,16 +62,6 @@ Alter = Callable[[list[Segment]], list[Segment]]
 
 BARREN_COLLECTIONS = 3
 """Collections in a row without one whole episode, after which a run gives up."""
-
-PANELS = (
-    "reward",
-    "evaluator_step/reward_mean",
-    "train/wm_total_loss",
-    "train/llm_total_loss",
-    "collector_iter/visit_entropy_mean",
-    "collector_iter/llm_agreement_mean",
-)
-"""What is plotted, as far as a run has it."""
 
 _LOSSES = ("total", "latent", "reward", "value", "policy")
 
@@ -134,24 +124,6 @@ def player(folder: Path, **kwargs: Any) -> UniZeroAgent:
     return kind(folder=str(folder), **kwargs)
 
 
-def progress_line(metrics: Mapping[str, float]) -> str:
-    """Return what a person wants to see of a step."""
-    parts = [f"turns {metrics['env_steps']:.0f}"]
-    shown = {
-        "reward": "reward {:.2f}",
-        "success": "success {:.2f}",
-        "collector_iter/visit_entropy_mean": "visit entropy {:.2f}",
-        "train/wm_total_loss": "loss {:.3f}",
-        "train/llm_total_loss": "llm loss {:.3f}",
-        "evaluator_step/reward_mean": "eval {:.2f}",
-    }
-    parts += [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
-    for name in ("failed_episodes", "failed_priors"):
-        if metrics.get(name):
-            parts.append(f"{name.replace('_', ' ')} {metrics[name]:.0f}")
-    return " ".join(parts)
-
-
 class _Run:
     """The parts of a run and what it has done so far."""
 
@@ -171,10 +143,9 @@ class _Run:
             load_weights(model, start)
         self.learner = WorldModelLearner(model, settings.learner)
         self.replay = Replay(self.texts, settings.replay)
-        self.guidance = guidance_of(settings, start and trained_model(start))
+        self.guidance = guidance_of(settings, start, folder, resumed=resumed is not None)
         self.memory = Memory(self.replay, self.texts, read_instruction=settings.read_instruction)
-        # Batches that were collected and wait to be learned from.
-        self.ahead: deque[list[tuple[Segment, Margin]]] = deque()
+        self.waiting = Waiting(self.texts, settings.off_policy)
         self.counters = {
             "step": 0,
             "env_steps": 0,
@@ -287,17 +258,15 @@ class _Run:
             )
         counters["env_steps"] += sum(len(each.actions) for each in segments)
         if self.guidance is not None:
-            counters["failed_priors"] += sum(map(_failed_priors, whole))
+            counters["failed_priors"] += sum(each.failed_priors for each in whole)
         altered = self.alter(segments) if self.alter else segments
         margins = map(self._margin, whole)
-        self.ahead.append(list(zip(altered, margins, strict=True)))
-        if len(self.ahead) > self.settings.off_policy:
-            for segment, margin in self.ahead.popleft():
-                self.replay.add(segment)
-                self.memory.add(margin)
-                for name in ("wm_turns", "llm_turns"):
-                    self.owed[name] += len(segment.actions)
-        figures = collected([each for game in played for each in game])
+        for segment, margin in self.waiting.swap(list(zip(altered, margins, strict=True))):
+            self.replay.add(segment)
+            self.memory.add(margin)
+            for name in ("wm_turns", "llm_turns"):
+                self.owed[name] += len(segment.actions)
+        figures = figures_of([each for game in played for each in game])
         if len(self.games) > 1:
             for game, mine in zip(self.games, played, strict=True):
                 reward = mean([each.reward for each in mine if each.segment is not None])
@@ -367,13 +336,8 @@ class _Run:
         count, commands = self.order
         self.learner.save(folder / "learner.pt")
         torch.save(self.replay.state(), folder / "replay.pt")
-        ahead = Replay(self.texts, ReplaySettings(capacity=2**62))
-        for segment, _ in (each for batch in self.ahead for each in batch):
-            ahead.add(segment)
-        margins = [margin for batch in self.ahead for _, margin in batch]
-        sizes = [len(batch) for batch in self.ahead]
-        waiting = {"segments": ahead.state(), "margins": packed(margins), "sizes": sizes}
-        torch.save({"margins": self.memory.state(), "ahead": waiting}, folder / "memory.pt")
+        beside = {"margins": self.memory.state(), "waiting": self.waiting.state()}
+        torch.save(beside, folder / "memory.pt")
         known = {number: each for number, each in self.texts.vectors.items() if number < count}
         torch.save(known, folder / "vectors.pt")
         state = {
@@ -399,13 +363,9 @@ class _Run:
             self.texts.intern(text)
         self.texts.vectors.update(torch.load(resumed / "vectors.pt", weights_only=True))
         self.replay.load_state(torch.load(resumed / "replay.pt", weights_only=True))
-        remembered = torch.load(resumed / "memory.pt", weights_only=True)
-        self.memory.load_state(remembered["margins"])
-        waiting = remembered["ahead"]
-        ahead = Replay(self.texts)
-        ahead.load_state(waiting["segments"])
-        both = iter(zip(ahead.segments, unpacked(waiting["margins"]), strict=True))
-        self.ahead.extend([next(both) for _ in range(size)] for size in waiting["sizes"])
+        beside = torch.load(resumed / "memory.pt", weights_only=True)
+        self.memory.load_state(beside["margins"])
+        self.waiting.load_state(beside["waiting"])
         if self.guidance is not None:
             self.guidance.load(resumed)
         self.counters.update(state["counters"])
@@ -423,35 +383,6 @@ def _copy_policy(checkpoints: Path, target: Path) -> None:
     language = trained_model(newest / "policy")
     if language is not None:
         shutil.copytree(language, target / FOLDER)
-
-
-def _failed_priors(played: Played) -> int:
-    """Return how many of an episode's turns the language model gave no opinion on."""
-    if played.segment is None or "llm_success" not in played.statistics:
-        return 0
-    return round((1.0 - played.statistics["llm_success"]) * len(played.segment.actions))
-
-
-def collected(played: Sequence[Played]) -> dict[str, float]:
-    """Return what is logged of a collection; means are over whole episodes."""
-    whole = [each for each in played if each.segment is not None]
-    rewards = [each.reward for each in whole]
-    lengths = [len(each.segment.actions) for each in whole if each.segment is not None]
-    names = sorted({name for each in whole for name in each.statistics})
-    figures = {
-        f"collector_iter/{name}_mean": mean(
-            [each.statistics[name] for each in whole if name in each.statistics]
-        )
-        for name in names
-    }
-    return figures | {
-        "reward": mean(rewards),
-        "success": mean([float(each.success) for each in whole]),
-        "collector_iter/reward_mean": mean(rewards),
-        "collector_iter/reward_max": max(rewards, default=0.0),
-        "collector_iter/episode_length_mean": mean([float(length) for length in lengths]),
-        "collector_iter/failed": float(len(played) - len(whole)),
-    }
 
 
 def _config(settings: UniZeroSettings) -> str:

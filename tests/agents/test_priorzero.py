@@ -240,7 +240,12 @@ def test_in_alternation_one_half_learns_while_the_other_stays(tmp_path, house, m
 def test_both_halves_learn_in_every_step_and_the_order_matters(tmp_path, house, micro):
     learner = {"sft_weight": 0.5, "learning_rate": 1e-3, "microbatch": 4, "accumulate": 1}
     for phase in ("parallel", "sequential"):
-        given = settings(micro, phase=phase, language_learner={**learner, "rft_weight": 1.0})
+        given = settings(
+            micro,
+            phase=phase,
+            episodes_per_step=9,
+            language_learner={**learner, "rft_weight": 1.0},
+        )
         priorzero.train(given, tmp_path / phase)
         for line in read_metrics(tmp_path / phase / "metrics.jsonl"):
             assert {"train/wm_total_loss", "train/llm_sft_loss", "train/llm_rft_loss"} <= set(line)
@@ -352,6 +357,30 @@ def test_a_run_can_begin_with_what_another_game_taught(tmp_path, house, micro):
     assert played_by(PriorZeroAgent(folder=str(first)), env="pz/Pentari-v0") >= 0.0
     with pytest.raises(ConfigError, match="nothing trained"):
         priorzero.train(settings(micro, start_from=str(tmp_path / "x")), tmp_path / "third")
+
+
+def test_an_adapter_that_a_run_begins_with_becomes_part_of_its_weights(tmp_path, house, micro):
+    first, whole, cut = tmp_path / "first", tmp_path / "whole", tmp_path / "cut"
+    lora = {"language_learner": {"lora_rank": 2, "learning_rate": 1e-1, "microbatch": 4}}
+    priorzero.train(settings(micro, steps=1, **lora), first)
+
+    def given(steps):
+        return settings(micro, steps=steps, start_from=str(first), **lora)
+
+    priorzero.train(given(2), whole)
+    priorzero.train(given(1), cut)
+    priorzero.train(given(2), cut)
+    adapters = [
+        load_file(folder / "policy" / "language" / "adapter_model.safetensors")
+        for folder in (whole, cut)
+    ]
+    assert same(*adapters)
+    plain, begun = (
+        load_file(micro / "model.safetensors"),
+        load_file(whole / "start" / "model.safetensors"),
+    )
+    assert not same(plain, begun)
+    assert played_by(PriorZeroAgent(folder=str(whole), mode="llm")) >= 0.0
 
 
 @pytest.fixture(scope="module")
