@@ -361,7 +361,8 @@ def test_a_run_can_begin_with_what_another_game_taught(tmp_path, house, micro):
 
 def test_an_adapter_that_a_run_begins_with_becomes_part_of_its_weights(tmp_path, house, micro):
     first, whole, cut = tmp_path / "first", tmp_path / "whole", tmp_path / "cut"
-    lora = {"language_learner": {"lora_rank": 2, "learning_rate": 1e-1, "microbatch": 4}}
+    learner = {"lora_rank": 2, "learning_rate": 1e-1, "microbatch": 4, "accumulate": 1}
+    lora = {"language_learner": learner}
     priorzero.train(settings(micro, steps=1, **lora), first)
 
     def given(steps):
