@@ -3,10 +3,9 @@
 Trains the preset ``quick`` for each game and seed; then the trained agent, the random one and
 ``mcts``, which searches the game itself, play the same held-out episodes under the same limit of
 turns. Prints, a line a run, the budget (turns collected, updates, CPU seconds) and the mean score;
-then a game's differences with their 95 % intervals: the hierarchical bootstrap over seeds and
-episodes by which ``pz-bench`` compares agents, and Student's over seeds alone. ``--control`` trains
-on rewards that are dealt out anew over the turns of each step. Games need their story files
-(``PZ_DATA``).
+then a game's differences with the 95 % intervals by which ``pz-bench`` compares agents.
+``--control`` trains on rewards that are dealt out anew over the turns of each step. Games need
+their story files (``PZ_DATA``).
 
     python benchmarks/unizero_learning.py [--env ID]... [--seeds N] [--steps N] [--out FOLDER]
 
@@ -26,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from pz_agents.priorzero.run import player, train
 from pz_agents.priorzero.settings import UniZeroSettings
@@ -90,16 +88,9 @@ def learn(settings: UniZeroSettings, folder: Path, control: bool) -> Scores:
 
 
 def compare(name: str, left: Scores, right: Scores) -> None:
-    """Print a difference of means with both intervals; matrices are seeds by episodes."""
+    """Print a difference of means with its interval; matrices are seeds by episodes."""
     found = paired_difference(left, right)
-    line = f"  {name:24} {found.mean:7.1f} [{found.low:.1f}, {found.high:.1f}]"
-    means = left.mean(1)
-    if len(means) > 1:
-        # Two-sided 95 % quantile of Student's t.
-        quantile = float(special.stdtrit(len(means) - 1, 0.975))
-        half = quantile * float(np.std(means, ddof=1)) / len(means) ** 0.5
-        line += f"   over seeds alone [{found.mean - half:.1f}, {found.mean + half:.1f}]"
-    print(line, flush=True)
+    print(f"  {name:24} {found.mean:7.1f} [{found.low:.1f}, {found.high:.1f}]", flush=True)
 
 
 def report(env: str, turns: int, learned: Scores, seeds: Sequence[int]) -> None:
