@@ -434,11 +434,15 @@ def serve(
     from pz_agents.serving import ModelServer
 
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    with ModelServer(load_model(model), host=host, port=port, key=key) as server:
-        print(f"serving {model} at {server.url} (Ctrl-C ends it)", flush=True)
-        ended.wait()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: ended.set()) for number in numbers]
+    try:
+        with ModelServer(load_model(model), host=host, port=port, key=key) as server:
+            print(f"serving {model} at {server.url} (Ctrl-C ends it)", flush=True)
+            ended.wait()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @app.command()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -319,6 +321,7 @@ def search(
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    at_ctrl_c = signal.getsignal(signal.SIGINT)
     opened = RayRuntime(runtime.partition(":")[2] or "local")
     try:
         tune = require("ray.tune", INSTALL)
@@ -344,6 +347,8 @@ def search(
         return [_ended(result) for result in tuner.fit()]
     finally:
         opened.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, at_ctrl_c)  # Tune leaves its own behind
 
 
 def _run_trial(config: Mapping[str, Any]) -> None:

@@ -216,6 +216,7 @@ def test_a_demanded_engine_that_is_missing_exits_3(
         cli.main()
     assert ended.value.code == 3
     assert "pip install" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_identity_is_of_the_weights_and_of_who_samples(micro: Path) -> None:
