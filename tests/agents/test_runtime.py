@@ -229,6 +229,7 @@ def test_plain_data_and_shared_bytes_arrive_as_they_were_sent(runtime):
 
 def test_one_object_asks_another_by_its_address(runtime):
     first, second = runtime.spawn("pz_toy:Thing", 2, HALF)
+    runtime.call(second, "add", 0).result()  # it listens: only then may others ask
     assert runtime.call(first, "ask", second.address).result() == [1, 10]
     assert connect(second.address).call("add", 1) == [1, 11]
 
