@@ -35,7 +35,15 @@ def parse_settings(kind: type[AnySettings], values: Mapping[str, Any], source: s
     try:
         return kind.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        lines = [_explain(kind, problem) for problem in error.errors()]
+        problems = error.errors()
+        broken = [each["loc"] for each in problems]
+        # A list with a broken part is also reported as too short, by what is left without it.
+        lines = [
+            _explain(kind, each)
+            for each in problems
+            if each["type"] != "too_short"
+            or not any(loc[: len(each["loc"])] == each["loc"] != loc for loc in broken)
+        ]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 

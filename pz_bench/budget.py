@@ -113,14 +113,13 @@ def parse_price(text: str) -> tuple[str, Price]:
 def expected(spec: CellSpec, guess: Estimate, price: Price | None, gpu_price: float) -> Cost:
     """Return what a cell is estimated to cost; a priced model reads its whole context each turn."""
     turns = max(1.0, USED_TURNS * spec.max_turns)
-    reads = guess.prompt_tokens
+    reads, writes = guess.evaluated_prompt_tokens, guess.evaluated_sampled_tokens
     if price is not None:
         # Turn k reads what the k turns before it added: the sum over k of an arithmetic row.
-        reads = (guess.prompt_tokens + guess.sampled_tokens) * (turns + 1) / 2
+        reads = (reads + writes) * (turns + 1) / 2
     reads = min(reads, float(spec.episodes * spec.max_tokens)) if spec.model else 0.0
-    usd = _usd(reads, guess.sampled_tokens, guess.gpu_hours, price, gpu_price)
-    steps = spec.episodes * turns
-    return Cost(usd, reads + guess.sampled_tokens, steps, guess.hours or 0.0)
+    usd = _usd(reads, writes, guess.gpu_hours, price, gpu_price)
+    return Cost(usd, reads + writes, spec.episodes * turns, guess.hours or 0.0)
 
 
 def spent(runs: Path, job: Job, guess: Estimate, price: Price | None, gpu_price: float) -> Cost:

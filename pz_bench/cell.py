@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +21,9 @@ from typing import Any, Literal
 import pydantic
 
 from pz_agents.config import Settings, parse_settings
-from pz_agents.sdk.types import Ids, Step, Trajectory
+from pz_agents.sdk.types import Ids, Trajectory
+from pz_bench.data import data_identity, hash_of
+from pz_bench.steps import to_records
 from pz_envs.errors import ConfigError, DataError, did_you_mean
 from pz_envs.files import sha256_file
 from pz_envs.seeding import derive_seed
@@ -110,8 +111,9 @@ class EpisodeRecord:
     ``reward`` sums the step rewards; ``score`` is in the family's own units; ``seconds`` is wall
     clock. A failed episode (``status`` ``failed``) has score 0, success False and stays in every
     denominator. ``steps`` are JSON objects: observation, action, reward, score, valid,
-    format_error, the number of sampled tokens, and where there are any: the agent's notes, the
-    sampled tokens as text (``pieces``) and their log-probs.
+    format_error, the number of sampled tokens, and where there are any: the admissible commands
+    (packed, see ``pz_bench.steps``), the agent's notes, the sampled tokens as text (``pieces``)
+    and their log-probs.
     """
 
     episode: int
@@ -141,7 +143,8 @@ class CellResult:
     """A cell and what is known of it.
 
     ``reason`` says why a cell failed or was not run, ``command`` what to type about it.
-    ``episodes`` are in order of their number. ``id`` is the one the cell is stored under.
+    ``episodes`` are in order of their number. ``id`` is the one the cell is stored under. ``data``
+    has the hashes of the files that were played, by name; empty where the program makes the tasks.
     """
 
     spec: CellSpec
@@ -153,6 +156,7 @@ class CellResult:
     seconds: float = 0.0
     train_metrics: Mapping[str, Any] | None = None
     id: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 def env_seed(env_id: str, episode: int) -> int:
@@ -164,7 +168,7 @@ def record(
     episode: int, trajectory: Trajectory, decode: Callable[[Ids], str] | None = None
 ) -> EpisodeRecord:
     """Return what is kept of a finished episode; ``decode`` turns a token into text."""
-    steps = tuple(_step(step, decode) for step in trajectory.steps)
+    steps = to_records(trajectory.steps, decode)
     return EpisodeRecord(
         episode=episode,
         env_seed=trajectory.env_seed,
@@ -187,29 +191,6 @@ def record(
         steps=steps,
         final_observation=trajectory.final_observation,
     )
-
-
-def _step(step: Step, decode: Callable[[Ids], str] | None) -> dict[str, Any]:
-    kept: dict[str, Any] = {
-        "observation": step.observation,
-        "action": step.action,
-        "reward": step.reward,
-        "score": step.score,
-        "valid": step.valid,
-        "format_error": step.format_error,
-        "tokens": 0 if step.sample is None else len(step.sample.token_ids),
-    }
-    if step.notes:
-        kept["notes"] = dict(step.notes)
-    if step.sample is not None and decode is not None:
-        kept["pieces"] = [decode(step.sample.token_ids[n : n + 1]) for n in range(kept["tokens"])]
-        kept["log_probs"] = [_finite(value) for value in step.sample.log_probs.tolist()]
-    return kept
-
-
-def _finite(value: float) -> float | None:
-    """Return ``value`` to three decimals; None where a server gave no log-prob."""
-    return round(value, 3) if math.isfinite(value) else None
 
 
 def to_line(episode: EpisodeRecord) -> str:
@@ -262,10 +243,29 @@ def identity(spec: CellSpec) -> dict[str, Any]:
     return {
         "spec": settings,
         "model": None if spec.model is None else _model_identity(spec.model),
-        "data": _data_identity(spec.env),
+        "data": _data(spec),
         "agent": _source_hash(spec.algorithm),
-        "versions": dict(_versions(spec.env, spec.model is not None, is_trained(spec.algorithm))),
+        "versions": {
+            **dict(_versions(spec.env, spec.model is not None, is_trained(spec.algorithm))),
+            **_agent_version(spec.algorithm),
+        },
     }
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the hash of the sources of our three packages as they lie here: 16 hex digits.
+
+    It is recorded with a cell and is no part of its id: most changes of code change no number.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for package in ("pz_envs", "pz_agents", "pz_bench"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            for path in sorted(Path(folder).rglob("*.py")):
+                name = f"{package}/{path.relative_to(folder).as_posix()}"
+                digest.update(f"{name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def is_trained(algorithm: str) -> bool:
@@ -306,7 +306,7 @@ def check_algorithm(algorithm: str) -> None:
     """Raise ConfigError, with the nearest name, when ``algorithm`` is no agent and no trainer."""
     from pz_agents.sdk.loading import agent_names
 
-    known = (*agent_names(), *_trained_names())
+    known = dict.fromkeys((*agent_names(), *_trained_names()))
     if ":" not in algorithm and algorithm not in known:
         hint = did_you_mean(algorithm, known)
         raise ConfigError(
@@ -329,47 +329,39 @@ def _model_identity(model: str) -> str:
     return model_identity(model)
 
 
-@functools.cache
-def _data_identity(env_id: str) -> Mapping[str, str]:
-    """Return the hashes of the files that would be played from here; empty where none decide.
+def _data(spec: CellSpec) -> dict[str, str]:
+    """Return the hashes of the files that are played, and of others that training plays."""
+    found = data_identity(spec.env, spec.env_kwargs)
+    trained_on = data_identity(spec.env, spec.train.get("env_kwargs", spec.env_kwargs))
+    other = {name: each for name, each in trained_on.items() if found.get(name) != each}
+    return found | {f"train {name}": each for name, each in other.items()}
 
-    A story is known by its md5; questions and ALFWorld's games by the sha256 of each file that is
-    here (ALFWorld plays generated households where none is).
-    """
-    from pz_envs.catalog import find
-    from pz_envs.datasets import DATASETS, find_file, find_story
 
-    row = find(env_id)
-    if row.family in ("math", "alfworld") and row.dataset is not None:
-        if row.family == "math":
-            from pz_envs.mathqa.sets import SETS
+def _installed_agent(algorithm: str) -> importlib.metadata.EntryPoint | None:
+    from pz_agents.sdk.loading import installed_agent
 
-            files = SETS[row.kwargs["dataset"]].files.values()
-            names = [name for choices in files for name in choices]
-        else:
-            names = [f"games_{split}.tar.xz" for split in ("train", "valid_seen", "valid_unseen")]
-        found = {name: find_file(row.dataset, name) for name in dict.fromkeys(names)}
-        return {name: sha256_file(path) for name, path in found.items() if path is not None}
-    if row.family != "jericho":
-        return {}
-    from pz_envs.jericho.games import GAMES
+    return None if is_trained(algorithm) else installed_agent(algorithm)
 
-    game = next(game for game in GAMES if game.name == row.kwargs["game"])
-    fallback = game.name == "zork1" and find_story(game.md5) is None
-    return {"story": DATASETS["zork_mit"].files[0].sha256 if fallback else game.md5}
+
+def _agent_version(algorithm: str) -> dict[str, str]:
+    """Return the version of the distribution that an installed agent comes in."""
+    entry = _installed_agent(algorithm)
+    return {} if entry is None or entry.dist is None else {entry.dist.name: entry.dist.version}
 
 
 def _source_hash(algorithm: str) -> str | None:
-    """Return the sha256 of the file an agent is defined in, None for a name without a colon.
+    """Return the sha256 of the file an agent is defined in, None for a name of ours.
 
-    Of a program (``external:COMMAND``), that of the files its command names.
+    Of an installed agent (an entry point), that of its module, of every file of it if it is a
+    package. Of a program (``external:COMMAND``), that of the files its command names.
     """
     if algorithm.startswith("external:"):
         from pz_agents.sdk.external import command_files
 
         hashes = [sha256_file(path) for path in command_files(algorithm.removeprefix("external:"))]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-    location, colon, _ = algorithm.rpartition(":")
+    entry = _installed_agent(algorithm)
+    location, colon, _ = (algorithm if entry is None else entry.value).rpartition(":")
     if not colon:
         return None
     path = Path(location)
@@ -381,6 +373,8 @@ def _source_hash(algorithm: str) -> str | None:
         if found is None or found.origin is None:
             raise ConfigError(f"No module `{location}` for the agent `{algorithm}`.")
         path = Path(found.origin)
+        if entry is not None and found.submodule_search_locations:
+            return hash_of(path.parent, "*.py")
     if not path.is_file():
         raise ConfigError(f"No file {path} for the agent `{algorithm}`.")
     return sha256_file(path)

@@ -94,6 +94,7 @@ def measure(folder: Path) -> None:
         with FolderLock(folder, wait_seconds=_LOCK_SECONDS) as lock:
             try:
                 _check_unchanged(cell)
+                store.begin_cell(folder)
                 agent, model = _player(spec, folder, progress)
                 decode = None if model is None else model.decode
                 _evaluate(spec, agent, decode, folder, progress, lock.check)

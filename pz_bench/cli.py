@@ -1,7 +1,7 @@
 """The ``pz-bench`` command line. Imports wait until a command runs, so that ``--help`` is quick.
 
 Exit codes: 0 all is well, 1 some cells failed or a check did, 2 wrong usage, 3 cells are still
-owed, 130 interrupted.
+owed, 130 interrupted, 143 interrupted by SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,7 @@ from pz_bench.options import (
     OK,
     OUT,
     RUNS,
+    TERMINATED,
     USAGE,
     AgentOption,
     EnvOption,
@@ -104,16 +106,17 @@ def run(
     chosen = _choose(matrix, agent, env, episodes, model, seeds, set_, suite)
     chosen = _limited(chosen, max_usd, price)
     cells = _plan(chosen, runs, retry_failed)
+    runner.renew(cells, fresh or ())
+    owed = [cell for cell in cells if cell.state == "owed"]
     if dry_run:
         from pz_bench import plan as planning
 
         typer.echo(planning.to_text(planning.lines(cells, chosen.prices), gpu_price))
+        if limit is not None and limit < len(owed):
+            typer.echo(f"now: {limit} of them (--limit {limit}): {_titles(owed[:limit])}")
         _explain(cells)
         return
-    if fresh:
-        runner.forget(runs, cells, fresh)
     _remember(runs, chosen, cells, by_hand=matrix is None)
-    owed = [cell for cell in cells if cell.state == "owed"]
     if owed:
         with _place(ray) as (cores, launch), live.view(console()) as view:
             board = runner.run_jobs(
@@ -252,12 +255,20 @@ def init_agent(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         app(args=name_the_matrix(words), prog_name="pz-bench")
     except SystemExit as end:
         if end.code == INTERRUPTED:
             typer.echo("interrupted; the same command goes on from here", err=True)
+            return TERMINATED if terminated else INTERRUPTED
         return end.code if isinstance(end.code, int) else OK
     except Exception as error:  # the process ends here; importing our errors costs time
         from pz_agents.errors import AgentError, ModelError
@@ -268,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typer.echo(f"pz-bench: {error}", err=True)
         wrong = isinstance(error, ConfigError | AgentError | ModelError)
         return USAGE if wrong else FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return OK
 
 
@@ -323,7 +336,9 @@ def _limited(chosen: Matrix, max_usd: float | None, prices: list[str] | None) ->
     if max_usd is not None:
         limits = limits.model_copy(update={"usd": max_usd})
     given = dict(map(parse_price, prices or ()))
-    return chosen.model_copy(update={"limits": limits, "prices": {**given, **chosen.prices}})
+    return chosen.model_copy(
+        update={"limits": limits, "prices": {**given, **chosen.prices, **given}}
+    )
 
 
 def _plan(chosen: Matrix, runs: Path, retry_failed: bool) -> list[Job]:
@@ -346,6 +361,10 @@ def _explain(cells: Sequence[Job]) -> None:
         typer.echo(text + (f" ({times} cells)" if times > 1 else ""), err=True)
     if any(cell.state == "failed" for cell in cells):
         typer.echo("try the failed cells again: the same command with --retry-failed", err=True)
+
+
+def _titles(cells: Sequence[Job]) -> str:
+    return "; ".join(cell.spec.title for cell in cells)
 
 
 def _nothing_to_do(cells: Sequence[Job]) -> str:

@@ -9,6 +9,8 @@ import typer
 
 from pz_bench.options import FAILED, OK, RUNS, JsonOption, RunsOption, SuiteOption, console
 
+_NO_CELL = "{runs} holds no cell yet; pz-bench run --matrix starts some"
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
@@ -16,15 +18,15 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def status(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
-    """Say how every suite of the store stands."""
+def status(suite: SuiteOption = None, runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
+    """Say how every suite of the store stands, or one."""
     import json
     from collections import Counter
 
     from pz_bench import store
     from pz_bench.watch import state
 
-    names = store.suite_names(runs)
+    names = store.suite_names(runs) if suite is None else [suite]
     counts = {
         name: dict(Counter(state(runs, cell) for cell in store.list_suite(runs, name)))
         for name in names
@@ -67,8 +69,10 @@ def watch(
             screen = console()
             if as_json:
                 typer.echo(watching.to_json(cells))
-            else:
+            elif cells:
                 screen.print(watching.frame(cells, len(cells)))
+            else:
+                typer.echo(_NO_CELL.format(runs=runs))
             if not still(cells):
                 return
             time.sleep(every)
@@ -101,6 +105,7 @@ def ls(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
                 "seconds": cell.seconds,
                 "title": cell.spec.title,
                 "reason": cell.reason,
+                "code": cell.code,
             }
         )
     if as_json:
@@ -110,13 +115,14 @@ def ls(runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
         count = f"{entry['episodes']}/{entry['of']}"
         typer.echo(f"{entry['id']}  {entry['status']:8} {count:>9}  {entry['title']}")
     if not lines:
-        typer.echo(f"{runs} holds no cell yet; pz-bench run --matrix starts some")
+        typer.echo(_NO_CELL.format(runs=runs))
 
 
 def view(
     episode: Annotated[list[str], typer.Argument(help="CELL or CELL:EPISODE; two stand abreast.")],
     runs: RunsOption = RUNS,
     failed: Annotated[bool, typer.Option("--failed", help="Leave out what succeeded.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Unfold reasoning and commands.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page instead.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -131,11 +137,11 @@ def view(
     elif as_json:
         typer.echo("\n".join(map(viewing.to_json, shown)))
     elif len(shown) == 2 and all(":" in each for each in episode):
-        console().print(viewing.side_by_side(*shown))
+        console().print(viewing.side_by_side(*shown, full=full))
     else:
         for name, each in zip(episode, shown, strict=True):
-            picture = viewing.turn_by_turn if ":" in name else viewing.overview
-            console().print(picture(each))
+            turns = viewing.turn_by_turn(each, full=full) if ":" in name else None
+            console().print(turns or viewing.overview(each))
 
 
 def compare(

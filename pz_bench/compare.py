@@ -17,7 +17,7 @@ import numpy as np
 
 from pz_bench import ranking, scores, store
 from pz_bench.cell import CellResult
-from pz_bench.report import grouping, tables
+from pz_bench.report import grouping, numbers, tables
 from pz_envs import catalog
 from pz_envs.errors import ConfigError, did_you_mean
 
@@ -37,12 +37,12 @@ class Line:
     left: float
     right: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     p_holm: float
     improvement: float
-    detectable: float
+    detectable: float | None
     instances: int
     left_seeds: int
     right_seeds: int
@@ -117,14 +117,14 @@ def table(found: Compared, columns: int = 11) -> tables.Table:
 def _texts(line: Line) -> tuple[str, ...]:
     return (
         line.environment.removeprefix("pz/").replace("-v0", ""),
-        tables.percent(line.left),
-        tables.percent(line.right),
-        tables.signed(line.difference),
-        f"{tables.signed(line.low)} to {tables.signed(line.high)}",
-        tables.p_value(line.p),
-        tables.p_value(line.p_holm),
-        tables.percent(line.improvement),
-        tables.percent(line.detectable) if line.detectable else tables.ABSENT,
+        numbers.percent(line.left),
+        numbers.percent(line.right),
+        numbers.signed(line.difference),
+        numbers.span(line.low, line.high),
+        numbers.p_value(line.p),
+        numbers.p_value(line.p_holm),
+        numbers.percent(line.improvement),
+        numbers.ABSENT if line.detectable is None else numbers.percent(line.detectable),
         str(line.instances),
         f"{line.left_seeds} and {line.right_seeds}",
     )
@@ -176,19 +176,19 @@ def _line(name: str, left: Sequence[CellResult], right: Sequence[CellResult]) ->
     found = scores.compare(left, right, metric)
     if found is None:
         return None
-    mean, low, high, p = (scores.rounded(value) for value in found.difference)
+    difference = found.difference
     return Line(
         environment=name,
         metric=metric,
         left=scores.rounded(float(np.nanmean(scores.matrix(left, metric)))),
         right=scores.rounded(float(np.nanmean(scores.matrix(right, metric)))),
-        difference=mean,
-        low=low,
-        high=high,
-        p=p,
+        difference=scores.rounded(difference.mean),
+        low=scores.rounded_or_none(difference.low),
+        high=scores.rounded_or_none(difference.high),
+        p=scores.rounded(difference.p),
         p_holm=1.0,
         improvement=scores.rounded(found.improvement),
-        detectable=scores.rounded(ranking.detectable_difference(low, high)),
+        detectable=scores.rounded_or_none(ranking.detectable_difference(difference)),
         instances=found.instances,
         left_seeds=sum(bool(cell.episodes) for cell in left),
         right_seeds=sum(bool(cell.episodes) for cell in right),

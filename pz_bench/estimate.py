@@ -39,9 +39,18 @@ TRAIN_FLOPS = 2e14
 CPU_FLOPS = 1e10
 """Of one core, for models small enough to be run on it."""
 
+TURN_SECONDS = 0.005
+"""A turn of a player that only chooses, on one core."""
+
+SIMULATION_SECONDS = 0.01
+"""A simulation in the true game."""
+
+IMAGINED_SECONDS = 0.001
+"""A simulation in a world model of width 96, with its share of learning, on one core."""
+
 _SMALL = 5e7
 _TINY_PARAMETERS = 2.7e5
-_EPISODE_SECONDS = 0.5
+_MCTS_SIMULATIONS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +58,17 @@ class Estimate:
     """What one cell will take.
 
     ``prompt_tokens`` are read once each (the prefix is cached), ``sampled_tokens`` written,
-    ``trained_tokens`` gone through by the learner. ``gpus`` is 0 for a cell that runs on one core.
-    ``hours`` is wall clock, None where a server's speed is not known; ``measured`` says that it is
-    the time a sister cell took.
+    ``trained_tokens`` gone through by the learner; of the first two, evaluation's are in
+    ``evaluated_prompt_tokens`` and ``evaluated_sampled_tokens``. ``gpus`` is 0 for a cell that runs
+    on one core. ``hours`` is wall clock, None where the speed of a server or of somebody's own
+    agent is not known; ``measured`` says that it is the time a sister cell took.
     """
 
     prompt_tokens: float
     sampled_tokens: float
     trained_tokens: float
+    evaluated_prompt_tokens: float
+    evaluated_sampled_tokens: float
     gpus: int
     hours: float | None
     measured: bool = False
@@ -69,13 +81,18 @@ class Estimate:
 
 def estimate(spec: CellSpec, sister_seconds: float | None = None) -> Estimate:
     """Return what ``spec`` will take; ``sister_seconds`` is a measured sister's wall clock."""
-    reads, writes, learns = _tokens(spec)
+    evaluated, (reads, writes, learns) = _evaluated(spec), _trained(spec)
+    reads, writes = reads + evaluated[0], writes + evaluated[1]
     size = parameters(spec.model)
     gpus = 0 if size is None or size < _SMALL else _gpus(size, is_trained(spec.algorithm))
-    hours = _hours(spec, size, gpus, reads, writes, learns)
     if sister_seconds is not None:
-        return Estimate(reads, writes, learns, gpus, sister_seconds / 3600, measured=True)
-    return Estimate(reads, writes, learns, gpus, hours)
+        hours: float | None = sister_seconds / 3600
+    elif spec.model is None:
+        hours = _hours_without_model(spec)
+    else:
+        hours = _hours(spec, size, gpus, reads, writes, learns)
+    measured = sister_seconds is not None
+    return Estimate(reads, writes, learns, *evaluated, gpus, hours, measured)
 
 
 def parameters(model: str | None) -> float | None:
@@ -116,24 +133,26 @@ def assumptions() -> str:
     )
 
 
-def _tokens(spec: CellSpec) -> tuple[float, float, float]:
-    """Return (read, written, learned from) over training and evaluation."""
+def _evaluated(spec: CellSpec) -> tuple[float, float]:
+    """Return (read, written) in evaluation."""
     if spec.model is None:
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0
     reply = float(spec.agent_kwargs.get("max_new_tokens", EVALUATED_REPLY))
-    trained = is_trained(spec.algorithm)
-    settings = training_settings(spec) if trained else None
-    if settings is not None and "max_new_tokens" not in spec.agent_kwargs:
-        reply = float(settings.max_new_tokens)
-    reads, writes = _play(spec.episodes, spec.max_turns, reply)
-    if settings is None:
-        return reads, writes, 0.0
+    if is_trained(spec.algorithm) and "max_new_tokens" not in spec.agent_kwargs:
+        reply = float(training_settings(spec).max_new_tokens)
+    return _play(spec.episodes, spec.max_turns, reply)
+
+
+def _trained(spec: CellSpec) -> tuple[float, float, float]:
+    """Return (read, written, learned from) in training."""
+    if spec.model is None or not is_trained(spec.algorithm):
+        return 0.0, 0.0, 0.0
+    settings = training_settings(spec)
     attempts = settings.steps * settings.groups_per_step * settings.group_size
-    train_reads, train_writes = _play(attempts, settings.max_turns, settings.max_new_tokens)
+    reads, writes = _play(attempts, settings.max_turns, settings.max_new_tokens)
     factor = REFLECTION if spec.algorithm == "r3l" else 1.0
-    train_reads, train_writes = factor * train_reads, factor * train_writes
-    learned = (train_reads + train_writes) * settings.iterations
-    return reads + train_reads, writes + train_writes, learned
+    reads, writes = factor * reads, factor * writes
+    return reads, writes, (reads + writes) * settings.iterations
 
 
 def _play(episodes: float, turns: int, reply: float) -> tuple[float, float]:
@@ -141,11 +160,25 @@ def _play(episodes: float, turns: int, reply: float) -> tuple[float, float]:
     return episodes * used * OBSERVATION_TOKENS, episodes * used * USED_REPLY * reply
 
 
+def _hours_without_model(spec: CellSpec) -> float | None:
+    """Return the hours of a cell that no language model plays, by what plays it."""
+    turns = spec.episodes * max(1.0, USED_TURNS * spec.max_turns)
+    if spec.algorithm in ("random", "expert"):
+        return turns * TURN_SECONDS / 3600
+    if spec.algorithm == "mcts":
+        simulations = spec.agent_kwargs.get("simulations", _MCTS_SIMULATIONS)
+        return turns * simulations * SIMULATION_SECONDS / 3600
+    if not is_trained(spec.algorithm):
+        return None
+    settings = training_settings(spec)
+    turns += settings.steps * settings.episodes_per_step * USED_TURNS * settings.max_turns
+    width = settings.network.embed / 96
+    return turns * settings.search.simulations * IMAGINED_SECONDS * max(1.0, width**2) / 3600
+
+
 def _hours(
     spec: CellSpec, size: float | None, gpus: int, reads: float, writes: float, learns: float
 ) -> float | None:
-    if spec.model is None:
-        return spec.episodes * _EPISODE_SECONDS / 3600
     if size is None:
         return None
     if gpus == 0:

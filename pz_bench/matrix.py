@@ -311,7 +311,10 @@ def _locate(source: str) -> Path:
     if path.suffix in {".yaml", ".yml", ".toml"}:
         if path.is_file():
             return path
-        raise ConfigError(f"No matrix file {path}.")
+        raise ConfigError(
+            f"No matrix file {path}. Built in: {', '.join(matrix_names())}, e.g. "
+            "pz-bench plan --matrix core"
+        )
     if source not in matrix_names():
         hint = did_you_mean(source, matrix_names())
         raise ConfigError(

@@ -2,8 +2,9 @@
 
 A cell's id is the hash of all that can change its number, so equal ids are the same measurement.
 A cell that only the other store has is copied; of two the fuller one is kept. Two that are done but
-differ, other than in seconds, stay as they are here and are reported. Every cell is verified before
-it is copied, and appears whole or not at all. Suites are united.
+differ, other than in seconds, agents' notes or the commands listed beside a turn, stay as they are
+here and are reported. Every cell is verified before it is copied, and appears whole or not at all.
+Suites are united.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pz_bench import store
+from pz_bench.cell import EpisodeRecord
 from pz_bench.lock import NAME as LOCK
 from pz_bench.lock import FolderLock, holder
+from pz_bench.steps import COMMANDS
 from pz_envs.errors import ConfigError, DataError
 
 
@@ -71,12 +74,17 @@ def merge(runs: Path, other: Path) -> Merged:
 
 
 def _same_numbers(source: Path, target: Path) -> bool:
-    """Return whether two cells agree in everything but how long their episodes took."""
-    theirs, ours = (
-        [replace(episode, seconds=0.0) for episode in store.read_episodes(folder)]
-        for folder in (source, target)
-    )
+    """Return whether two cells agree in all but seconds and what is only there to be looked at."""
+    theirs, ours = ([*map(_played, store.read_episodes(folder))] for folder in (source, target))
     return theirs == ours
+
+
+def _played(episode: EpisodeRecord) -> EpisodeRecord:
+    steps = tuple(
+        {key: value for key, value in step.items() if key not in (COMMANDS, "notes")}
+        for step in episode.steps
+    )
+    return replace(episode, seconds=0.0, steps=steps)
 
 
 def _fullness(folder: Path) -> tuple[bool, int]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-OK, FAILED, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 MatrixOption = Annotated[
     str | None,

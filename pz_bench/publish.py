@@ -50,7 +50,7 @@ def differences(runs: Path, names: Sequence[str], out: Path) -> list[str]:
             _, files = publish(runs, name, Path(scratch))
             for fresh in files:
                 written = out / fresh.relative_to(scratch)
-                again = f"Write it anew: pz-bench report --suite {name}"
+                again = f"Write it anew: pz-bench report --suite {name} --runs {runs} --out {out}"
                 if not written.is_file():
                     problems.append(f"{written} is not there. {again}")
                 elif not filecmp.cmp(fresh, written, shallow=False):

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 from scipy import stats as scipy_stats
 
-from pz_bench.stats import LEVEL, Floats, percentile_interval
+from pz_bench.stats import LEVEL, Difference, Floats, percentile_interval
 from pz_envs.seeding import generator
 
 ENOUGH_SEEDS = 5
@@ -96,14 +96,16 @@ def pass_at(outcomes: ArrayLike, k: int) -> float:
     return float(np.mean(1 - special.binom(missed, k) / special.binom(n, k)))
 
 
-def detectable_difference(low: float, high: float, level: float = LEVEL) -> float:
+def detectable_difference(found: Difference, level: float = LEVEL) -> float | None:
     """Return the smallest true difference that such a comparison would find four times in five.
 
     (z of the level + z of the power) x standard error, the latter read off the width of the
-    interval ``low`` to ``high`` of the difference.
+    difference's interval; None without one.
     """
+    if found.low is None or found.high is None:
+        return None
     z = float(special.ndtri(0.5 + level / 2))
-    return (z + float(special.ndtri(POWER))) * (high - low) / (2 * z)
+    return (z + float(special.ndtri(POWER))) * (found.high - found.low) / (2 * z)
 
 
 def standings(replicates: Sequence[Floats]) -> list[Standing]:

@@ -28,7 +28,7 @@ from pz_bench import store
 from pz_bench.cell import CellSpec, cell_id, identity, is_trained
 from pz_bench.cell_process import DONE, FAILED, LOCKED, PROGRESS
 from pz_bench.lock import NAME as LOCK
-from pz_bench.lock import FolderLock
+from pz_bench.lock import FolderLock, Locked
 from pz_envs.errors import ConfigError, did_you_mean
 
 State = Literal["owed", "running", "done", "failed", "locked", "not_run"]
@@ -45,7 +45,8 @@ class Job:
     """One cell of a run and where it stands; the runner moves ``state`` along.
 
     ``reason`` and ``command`` say why a cell could not be run or has failed; ``measured_seconds``
-    is what a done cell took, 0 for the others.
+    is what a done cell took, 0 for the others. ``fresh``: what the store has of it goes when it is
+    started, and not before.
     """
 
     spec: CellSpec
@@ -55,6 +56,7 @@ class Job:
     reason: str | None = None
     command: str | None = None
     measured_seconds: float = 0.0
+    fresh: bool = False
     attempts: int = 0
     began: float = 0.0
     seconds: float = 0.0
@@ -123,17 +125,15 @@ def _has_failures(folder: Path, cell: store.CellFile) -> bool:
     return any(episode.status == "failed" for episode in store.read_episodes(folder))
 
 
-def forget(runs: Path, jobs: Sequence[Job], names: Sequence[str]) -> None:
-    """Delete what the store has of the named jobs, so that they are measured from nothing.
+def renew(jobs: Sequence[Job], names: Sequence[str]) -> None:
+    """Owe the named jobs again, from nothing. Their results stay until each is started.
 
     Args:
-        runs: the store.
-        jobs: the plan; the state of those named becomes ``owed``.
+        jobs: the plan.
         names: cell ids, or ``all``.
 
     Raises:
-        ConfigError: an id is not in the plan.
-        Locked: another process is writing one of the cells.
+        ConfigError: an id is not in the plan, or its cell cannot be run here.
     """
     known = {job.id: job for job in jobs}
     for name in names:
@@ -141,12 +141,11 @@ def forget(runs: Path, jobs: Sequence[Job], names: Sequence[str]) -> None:
             hint = did_you_mean(name, known)
             raise ConfigError(f"--fresh {name}: no such cell in this run.{hint} See: pz-bench plan")
     for job in jobs if "all" in names else [known[name] for name in names]:
-        folder = store.cell_folder(runs, job.id)
-        if folder.exists():
-            with FolderLock(folder):
-                _empty(folder)
-        if job.state in ("done", "failed"):
-            job.state, job.reason = "owed", None
+        if (why := unavailable(job.spec)) is None:
+            job.state, job.reason, job.fresh = "owed", None, True
+        elif job.id in names:
+            command = f" Get it: {why[1]}" if why[1] else ""
+            raise ConfigError(f"--fresh {job.id}: it cannot be run here. {why[0]}{command}")
 
 
 def _empty(folder: Path) -> None:
@@ -324,7 +323,17 @@ class _Pool:
         return next((child for child in self._children if child.job is None), None)
 
     def _start(self, job: Job) -> None:
-        folder = store.create_cell(self._runs, job.spec, job.parts)
+        folder = store.cell_folder(self._runs, job.id)
+        if job.fresh and folder.exists():
+            try:
+                with FolderLock(folder):
+                    _empty(folder)
+            except Locked:
+                job.state, job.reason = "locked", "another process is measuring it"
+                self._view(self._board, job)
+                return
+        job.fresh = False
+        store.create_cell(self._runs, job.spec, job.parts)
         if store.read_cell(folder).status != "partial":
             store.reopen_cell(folder)
         job.state, job.began, job.attempts = "running", time.monotonic(), job.attempts + 1

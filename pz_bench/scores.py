@@ -9,6 +9,7 @@ was not run has no number at all.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,9 @@ MAX_FAILURES = 0.02
 BEST_STEPS = 100
 """Within how many steps the best score of an episode is looked for."""
 
+_FILE = "file "
+_SAME = 1e-9
+
 TINY_LABEL = "tiny: machinery check, not a research result"
 ANCHORS = ("random", "expert")
 STARTING_POINT = "zeroshot"
@@ -37,7 +41,8 @@ class Score:
     """What one row reached on one environment.
 
     ``value``, ``low`` and ``high`` are the environment's metric in 0..1 with its 95 % interval
-    (none for a single episode); ``interval`` is how it was made. ``success_rate`` and
+    (none for a single episode); ``interval`` is how it was made (``wilson`` also of points that
+    are all equal, as if they were successes). ``success_rate`` and
     ``invalid_share`` (of turns), ``format_error_share`` (of turns) are in 0..1. ``score`` is the
     mean in the family's own units and ``max_score`` the most that can be had. ``turns``,
     ``sampled_tokens``, ``prompt_tokens`` and ``seconds`` are means an episode. ``improve`` and
@@ -86,7 +91,8 @@ class Comparison:
     minus random, the room there is. ``p`` is the two-sided sign-flip permutation p-value,
     ``p_holm`` the same corrected over all comparisons of its kind in the leaderboard.
     ``improvement`` is P(row > against) + half P(equal), ``detectable`` the smallest true
-    difference that this many seeds and instances would find four times in five.
+    difference that this many seeds and instances would find four times in five. ``low``, ``high``
+    and ``detectable`` are None where nothing varied.
     """
 
     kind: Literal["trained", "anchors"]
@@ -94,15 +100,21 @@ class Comparison:
     row: str
     against: str
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     p_holm: float
     improvement: float
-    detectable: float
+    detectable: float | None
     instances: int
     seeds: int
     against_seeds: int
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the interval excludes 0 and the corrected p is below 0.05; tables show it."""
+        apart = self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return apart and self.p_holm < 1 - stats.LEVEL
 
 
 def matrix(cells: Sequence[CellResult], metric: Metric) -> stats.Floats:
@@ -113,7 +125,13 @@ def matrix(cells: Sequence[CellResult], metric: Metric) -> stats.Floats:
     return stats.stack(_by_instance(cells, metric))
 
 
-def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[int]) -> Score:
+def score(
+    cells: Sequence[CellResult],
+    row: EnvRow,
+    name: str,
+    seeds: Sequence[int],
+    played: Mapping[str, str] | None = None,
+) -> Score:
     """Return the score of one row of the table on one environment.
 
     Args:
@@ -121,10 +139,12 @@ def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[i
         row: the environment's catalogue row, which says what the metric is.
         name: how the table calls the environment; also names the bootstrap's stream.
         seeds: those that a complete row has.
+        played: what the rows of the column played (``played_by_most``); a row that played anything
+            else is not ranked. None asks only that its own seeds agree.
     """
     cells = sorted(cells, key=lambda cell: cell.spec.seed)
     not_run = all(cell.status == "not_run" and not cell.episodes for cell in cells)
-    reasons = _not_run_reasons(cells) if not_run else _reasons(cells, seeds)
+    reasons = _not_run_reasons(cells) if not_run else _reasons(cells, seeds, played or {})
     reason = portable("; ".join(reasons)) if reasons else None
     commands = [cell.command for cell in cells if _is_open(cell) and cell.command]
     command = portable(commands[0]) if commands else None
@@ -139,7 +159,7 @@ def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[i
             name, status, reason, command, row.metric, planned=planned, max_turns=max_turns
         )
     values = matrix(cells, row.metric)
-    interval = _interval(values, row.metric, name)
+    interval, method = _interval(values, row.metric, name)
     turns = sum(episode.turns for episode in episodes)
     return Score(
         environment=name,
@@ -150,7 +170,7 @@ def score(cells: Sequence[CellResult], row: EnvRow, name: str, seeds: Sequence[i
         value=rounded(float(np.nanmean(values))),
         low=None if interval is None else rounded(interval.low),
         high=None if interval is None else rounded(interval.high),
-        interval=None if interval is None else "wilson" if row.metric == "success" else "bootstrap",
+        interval=method,
         success_rate=_mean(episodes, lambda each: _value(each, "success")),
         score=_mean(episodes, lambda each: each.score if each.status == "ok" else 0.0),
         max_score=rounded(max(episode.max_score for episode in episodes)),
@@ -187,24 +207,47 @@ def compare(
     """Return the paired difference left - right and on how many instances it rests.
 
     The interval ends at -1 and 1, as differences of shares do. Only instances that every seed of
-    both sides played are used; None when there is none.
+    both sides played are used, and of these only such as were the same task for all; None when
+    there is none, or when the two played other data.
     """
     left_rows, right_rows = _by_instance(left, metric), _by_instance(right, metric)
     if not left_rows or not right_rows:
         return None
-    shared = sorted(set.intersection(*(set(row) for row in (*left_rows, *right_rows))))
+    found = [_played(cell) for cell in (*left, *right)]
+    differing = {key for key, values in _by_key(found).items() if len(set(values)) > 1}
+    if any(key.startswith(_FILE) for key in differing):
+        return None
+    common = set.intersection(*(set(row) for row in (*left_rows, *right_rows)))
+    shared = sorted(seed for seed in common if str(seed) not in differing)
     if not shared:
         return None
     mine = [[row[key] for key in shared] for row in left_rows]
     theirs = [[row[key] for key in shared] for row in right_rows]
     difference = stats.paired_difference(mine, theirs)
-    difference = difference._replace(low=max(-1.0, difference.low), high=min(1.0, difference.high))
+    if difference.low is not None and difference.high is not None:
+        low, high = max(-1.0, difference.low), min(1.0, difference.high)
+        difference = difference._replace(low=low, high=high)
     return Paired(difference, ranking.probability_of_improvement(mine, theirs), len(shared))
+
+
+def played_by_most(cells: Sequence[CellResult]) -> dict[str, str]:
+    """Return what most cells of one environment played: file -> hash, instance -> task.
+
+    Where as many played one as another, cells with data files of their own decide.
+    """
+    ordered = sorted(cells, key=lambda cell: (not cell.data, cell.id))
+    values = _by_key([_played(cell) for cell in ordered])
+    return {key: Counter(each).most_common(1)[0][0] for key, each in values.items()}
 
 
 def rounded(value: float) -> float:
     """Round to the six decimals that every file and table shows or shortens."""
     return round(float(value), 6) + 0.0
+
+
+def rounded_or_none(value: float | None) -> float | None:
+    """Round as ``rounded`` does what is there."""
+    return None if value is None else rounded(value)
 
 
 def portable(text: str) -> str:
@@ -225,13 +268,54 @@ def _by_instance(cells: Sequence[CellResult], metric: Metric) -> list[Mapping[in
     ]
 
 
-def _interval(values: stats.Floats, metric: Metric, stream: str) -> stats.Interval | None:
+def _interval(
+    values: stats.Floats, metric: Metric, stream: str
+) -> tuple[stats.Interval | None, Literal["wilson", "bootstrap"] | None]:
+    """Return the interval of the mean and how it was made; None for a single value.
+
+    Points that are all equal have a bootstrap without width, which would say that nothing else can
+    happen. They get Wilson's interval as if their mean were a rate of successes: of all numbers in
+    0..1 with one mean, zeros and ones vary most.
+    """
     if np.count_nonzero(~np.isnan(values)) < 2:
-        return None
+        return None, None
+    mean = min(1.0, max(0.0, float(np.nanmean(values))))
     if metric == "success":
         trials = stats.effective_trials(values)
-        return stats.wilson(float(np.nanmean(values)) * trials, trials)
-    return stats.bootstrap_interval(values, stream=stream)
+    elif np.nanmax(values) - np.nanmin(values) < _SAME:
+        trials = stats.units(values)
+    else:
+        low, high = stats.bootstrap_interval(values, stream=stream)
+        return stats.Interval(max(0.0, low), min(1.0, high)), "bootstrap"
+    return stats.wilson(mean * trials, trials), "wilson"
+
+
+def _played(cell: CellResult) -> dict[str, str]:
+    """Return the hashes of the cell's data files by name and its tasks by the instance's seed."""
+    files = {f"{_FILE}{name}": digest for name, digest in cell.data.items()}
+    good = (episode for episode in cell.episodes if episode.status == "ok")
+    return files | {str(episode.env_seed): episode.task_id for episode in good}
+
+
+def _by_key(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for each in found:
+        for key, value in each.items():
+            values.setdefault(key, []).append(value)
+    return values
+
+
+def _other_data(cells: Sequence[CellResult], played: Mapping[str, str]) -> str | None:
+    """Return why the cells may not stand in one column: their data differ among them or from it."""
+    found = [_played(cell) for cell in cells]
+    own = _by_key(found)
+    files = sorted(key.removeprefix(_FILE) for key in own if key.startswith(_FILE))
+    by = f" ({', '.join(files)})" if files else ""
+    if any(len(set(values)) > 1 for values in own.values()):
+        return f"the seeds played different tasks: their data differ{by}"
+    if any(played.get(key, values[0]) != values[0] for key, values in own.items()):
+        return f"played other tasks than the other rows: the data differ{by}"
+    return None
 
 
 def _mean(episodes: Sequence[EpisodeRecord], of: Callable[[EpisodeRecord], float]) -> float:
@@ -271,7 +355,9 @@ def _is_open(cell: CellResult) -> bool:
     return cell.status != "done" or len(cell.episodes) < cell.spec.episodes
 
 
-def _reasons(cells: Sequence[CellResult], seeds: Sequence[int]) -> list[str]:
+def _reasons(
+    cells: Sequence[CellResult], seeds: Sequence[int], played: Mapping[str, str]
+) -> list[str]:
     """Return why the score may not be ranked, one phrase a cause; empty when it may."""
     reasons = []
     causes: dict[str, list[int]] = {}
@@ -292,7 +378,8 @@ def _reasons(cells: Sequence[CellResult], seeds: Sequence[int]) -> list[str]:
         )
     if len({_without_seed(cell) for cell in cells}) > 1:
         reasons.append("the seeds were run with different settings")
-    return reasons
+    other_data = _other_data(cells, played)
+    return [*reasons, other_data] if other_data else reasons
 
 
 def _not_run_reasons(cells: Sequence[CellResult]) -> list[str]:

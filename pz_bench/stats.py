@@ -39,11 +39,14 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A paired difference of means; ``p`` is two-sided."""
+    """A paired difference of means; ``p`` is two-sided.
+
+    ``low`` and ``high`` are None where nothing varied, so that nothing says how sure it is.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
 
 
@@ -73,8 +76,9 @@ def effective_trials(outcomes: ArrayLike) -> float:
 
     The variance of the overall rate is estimated three ways: all outcomes independent, instances
     as clusters, seeds as clusters; the largest counts. The result is trials / design effect
-    (Kish, Survey Sampling, 1965; Korn and Graubard 1998 put it into the binomial interval). With
-    outcomes that are all equal, or one seed and one instance, it is the plain number of trials.
+    (Kish, Survey Sampling, 1965; Korn and Graubard 1998 put it into the binomial interval).
+    Outcomes that are all equal cannot show how far seeds agree, so seeds count as copies then: the
+    trials are the instances (or the seeds, of a single instance).
 
     Args:
         outcomes: [S, I] zeros and ones, seeds by instances; NaN where none is known.
@@ -84,10 +88,19 @@ def effective_trials(outcomes: ArrayLike) -> float:
     rate = float(np.nansum(values)) / trials
     independent = rate * (1 - rate) / trials
     if independent <= 0:
-        return trials
+        return float(units(values))
     residual = np.where(known, values - rate, 0.0)
     clustered = max(_cluster_variance(residual, axis) for axis in (0, 1)) / trials**2
     return trials * independent / max(independent, clustered)
+
+
+def units(values: ArrayLike) -> int:
+    """Return how many independent outcomes [S, I] values hold if seeds only repeat each other.
+
+    The number of instances; of a single instance, the number of its values.
+    """
+    values, known = _matrix(values)
+    return int(known.any(axis=0).sum() if values.shape[1] > 1 else known.sum())
 
 
 def bootstrap_means(values: ArrayLike, stream: str = "", resamples: int = RESAMPLES) -> Floats:
@@ -127,10 +140,48 @@ def bootstrap_interval(
 ) -> Interval:
     """Return the hierarchical bootstrap interval of the mean of ``values``: [S, I].
 
-    With a single seed or two it is conditional on them: what would change with other seeds can
-    only be seen in several. See ``bootstrap_means`` for the source and the degenerate cases.
+    The percentiles of the replicates, these stretched about the mean as Student's interval is wider
+    than the normal one (``stretched_means``). With a single seed or two it is conditional on them:
+    what would change with other seeds can only be seen in several.
     """
-    return percentile_interval(bootstrap_means(values, stream, resamples), level)
+    return percentile_interval(stretched_means(values, stream, resamples, level), level)
+
+
+def stretched_means(
+    values: ArrayLike, stream: str = "", resamples: int = RESAMPLES, level: float = LEVEL
+) -> Floats:
+    """Return ``bootstrap_means``, their deviations from the mean stretched for few instances.
+
+    With n instances a bootstrap's variance is (n - 1) / n of the unbiased one, and its percentiles
+    are the normal distribution's where Student's belong: deviations are multiplied by
+    sqrt(n / (n - 1)) t(n - 1) / z. The factors are those of the expanded percentile interval
+    (Hesterberg 2015, The American Statistician 69), which moves the level instead and so ends at
+    the smallest and largest value: with 3 instances it still covers 75 times in 100.
+    """
+    means = bootstrap_means(values, stream, resamples)
+    n = units(values)
+    if n < 2:
+        return means
+    tail = 0.5 + level / 2
+    factor = math.sqrt(n / (n - 1)) * float(special.stdtrit(n - 1, tail) / special.ndtri(tail))
+    centre = float(np.nanmean(np.asarray(values, dtype=np.float64)))
+    stretched: Floats = centre + factor * (means - centre)
+    return stretched
+
+
+def combined_interval(parts: Sequence[tuple[float, float, Interval]]) -> Interval:
+    """Return the interval of a weighted sum of independent means that have intervals of their own.
+
+    The distances to each end are added in squares (Zou and Donner 2008, Statistics in Medicine 27),
+    so that a part counts as its own interval says, even one whose values are all equal.
+
+    Args:
+        parts: (weight, mean, interval) of each, weights above 0.
+    """
+    mean = sum(weight * middle for weight, middle, _ in parts)
+    below = sum((weight * (middle - ends.low)) ** 2 for weight, middle, ends in parts)
+    above = sum((weight * (ends.high - middle)) ** 2 for weight, middle, ends in parts)
+    return Interval(mean - math.sqrt(below), mean + math.sqrt(above))
 
 
 def paired_difference(
@@ -138,13 +189,13 @@ def paired_difference(
 ) -> Difference:
     """Return mean(left) - mean(right) on shared instances, with its interval and p-value.
 
-    The interval is Student's around the difference. Its variance adds three mean squares: of the
-    differences per instance, in which how hard an instance is cancels, and, where a side has
-    several seeds, of what its seeds differ by beyond what their instances explain (together never
-    below 0; seed 0 of one side has nothing to do with seed 0 of the other). Degrees of freedom are
-    Satterthwaite's (1946, Biometrics Bulletin 2). A bootstrap of seeds and instances counts the
-    residual up to three times (Owen 2007) and covers 97 to 100 % where seeds differ little.
-    ``p`` is ``sign_flip_p`` of the differences per instance.
+    The interval is Student's around the difference; there is none where nothing varied. Its
+    variance adds three mean squares: of the differences per instance, in which how hard an instance
+    is cancels, and, where a side has several seeds, of what its seeds differ by beyond what their
+    instances explain (together never below 0; seed 0 of one side has nothing to do with seed 0 of
+    the other). Degrees of freedom are Satterthwaite's (1946, Biometrics Bulletin 2). A bootstrap of
+    seeds and instances counts the residual up to three times (Owen 2007) and covers 97 to 100 %
+    where seeds differ little. ``p`` is ``sign_flip_p`` of the differences per instance.
 
     Args:
         left: [S, I] seeds by instances, complete.
@@ -165,7 +216,10 @@ def paired_difference(
     differences = left.mean(axis=0) - right.mean(axis=0)
     mean = float(differences.mean())
     half = _paired_half_width(left, right, level)
-    return Difference(mean, mean - half, mean + half, sign_flip_p(differences, resamples))
+    p = sign_flip_p(differences, resamples)
+    if half <= _TIE:
+        return Difference(mean, None, None, p)
+    return Difference(mean, mean - half, mean + half, p)
 
 
 def _paired_half_width(left: Floats, right: Floats, level: float) -> float:
@@ -226,7 +280,7 @@ def sign_flip_p(differences: ArrayLike, resamples: int = RESAMPLES) -> float:
 def macro_replicates(
     families: Mapping[str, Mapping[str, ArrayLike]], resamples: int = RESAMPLES
 ) -> Floats:
-    """Return [resamples] replicates of the mean over families of each family's mean.
+    """Return [resamples] stretched replicates of the mean over families of each family's mean.
 
     A family with 57 games counts as much as one with a single environment. Families and
     environments are the suite and are not resampled; seeds and instances are, independently in
@@ -235,7 +289,7 @@ def macro_replicates(
     """
     replicates = [
         np.mean(
-            [bootstrap_means(values, name, resamples) for name, values in environments.items()],
+            [stretched_means(values, name, resamples) for name, values in environments.items()],
             axis=0,
         )
         for environments in families.values()

@@ -9,6 +9,7 @@ order, those that could not be run among them, so that a report needs the store 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from pz_bench.cell import (
     Status,
     canonical,
     cell_id,
+    code_version,
     from_line,
     to_line,
 )
@@ -39,7 +41,8 @@ class CellFile:
     """What ``cell.json`` holds.
 
     ``identity`` are the parts that ``id`` is the hash of. ``sha256`` is that of ``episodes.jsonl``
-    once the cell is done or failed. ``seconds`` sums the wall clock of all its processes.
+    once the cell is done or failed. ``seconds`` sums the wall clock of all its processes. ``code``
+    has ``code_version`` of those processes, in order, one a change.
     """
 
     id: str
@@ -51,6 +54,7 @@ class CellFile:
     sha256: str | None = None
     seconds: float = 0.0
     train_metrics: Mapping[str, Any] | None = None
+    code: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,7 @@ def write_cell(folder: Path, cell: CellFile) -> None:
         "sha256": cell.sha256,
         "seconds": round(cell.seconds, 3),
         "train_metrics": cell.train_metrics,
+        "code": cell.code,
     }
     write_atomic(folder / CELL, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
@@ -124,7 +129,7 @@ def read_cell(folder: Path) -> CellFile:
     try:
         values = json.loads(path.read_bytes())
         spec = parse_settings(CellSpec, values.pop("spec"), str(path))
-        return CellFile(spec=spec, **values)
+        return CellFile(spec=spec, **{**values, "code": tuple(values.get("code", ()))})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
         raise DataError(
             f"{path} cannot be read ({error}). To measure it again: rm -r {folder}"
@@ -142,6 +147,13 @@ def read_status(folder: Path) -> Status:
     except (OSError, ValueError, TypeError, KeyError):
         return read_cell(folder).status  # which says what is wrong with it
     return status
+
+
+def begin_cell(folder: Path) -> None:
+    """Note with which code the cell is measured from now on."""
+    cell, code = read_cell(folder), code_version()
+    if cell.code[-1:] != (code,):
+        write_cell(folder, replace(cell, code=(*cell.code, code)))
 
 
 def finish_cell(
@@ -233,6 +245,7 @@ def read_result(folder: Path) -> CellResult:
         seconds=cell.seconds,
         train_metrics=cell.train_metrics,
         id=cell.id,
+        data=dict(cell.identity.get("data", {})),
     )
 
 
@@ -342,6 +355,8 @@ def merge_suite(old: Suite | None, new: Suite) -> Suite:
 def load_suite(runs: Path, name: str) -> list[CellResult]:
     """Return the results of a suite's cells, in its order; those never begun are ``partial``.
 
+    Of each turn only its score is kept: the texts of ten thousand cells would fill the memory.
+
     Raises:
         ConfigError: the store has no such suite.
         DataError: a file of the suite or of its cells is broken.
@@ -354,9 +369,20 @@ def _suite_result(runs: Path, cell: SuiteCell) -> CellResult:
     if (folder / CELL).exists():
         result = read_result(folder)
         if result.status == "done" or cell.reason is None:
-            return result
+            return replace(result, episodes=tuple(map(_without_texts, result.episodes)))
     status: Status = "partial" if cell.reason is None else "not_run"
     return CellResult(cell.spec, status, cell.reason, cell.command, id=cell.id)
+
+
+def _without_texts(episode: EpisodeRecord) -> EpisodeRecord:
+    steps = tuple(_step_of(step["score"]) for step in episode.steps)
+    return replace(episode, steps=steps, final_observation="")
+
+
+@functools.lru_cache(maxsize=4096)
+def _step_of(score: float) -> dict[str, float]:
+    """Return a step that holds its score alone; episodes share it."""
+    return {"score": score}
 
 
 def _suite_path(runs: Path, name: str) -> Path:

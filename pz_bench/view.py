@@ -1,8 +1,8 @@
 """Episodes turn by turn: on a terminal, and as one HTML file that needs nothing else.
 
-Everything shown is in the store: observation, reply with its reasoning folded, the action read from
-it, reward and score, tokens with their log-probs as heat, and the visits of a search. An episode is
-named ``CELL`` or ``CELL:NUMBER``; the first letters of a cell's id are enough.
+Everything shown is in the store: observation, admissible commands, reply with its reasoning folded,
+the action read from it, reward and score, tokens with their log-probs as heat, and the visits of a
+search. An episode is named ``CELL`` or ``CELL:NUMBER``; a cell by the first letters of its id.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from rich.text import Text
 
 from pz_bench import store
 from pz_bench.cell import EpisodeRecord
+from pz_bench.steps import COMMANDS, commands_of
 from pz_envs.errors import ConfigError, did_you_mean
 from pz_envs.replies import parse_reply
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL | re.IGNORECASE)
+_FOLDED_WORDS = 24
+_FOLDED_COMMANDS = 6
 _MOST_VISITED = 8
+_BAR = 24
 _COLD = -4.0
 
 
@@ -95,26 +99,26 @@ def outcome(episode: EpisodeRecord) -> str:
     return "success" if episode.success else "no success"
 
 
-def turn_by_turn(shown: Shown) -> RenderableType:
-    """Return the shown episodes for a terminal."""
+def turn_by_turn(shown: Shown, *, full: bool = False) -> RenderableType:
+    """Return the shown episodes for a terminal; ``full`` unfolds reasoning and commands."""
     parts: list[RenderableType] = []
     for episode in shown.episodes:
         title = f"{shown.cell.spec.title}, episode {episode.episode}: {outcome(episode)}"
         parts.append(Rule(Text(title)))
-        for number, step in enumerate(episode.steps):
-            parts += _step(number, step)
+        for number, commands in enumerate(commands_of(episode.steps)):
+            parts += _step(number, episode.steps[number], commands, full)
         parts.append(Panel(Text(episode.final_observation), title="end", box=box.ROUNDED))
         if episode.error:
             parts.append(Text(episode.error, style="red"))
     return Group(*parts)
 
 
-def side_by_side(left: Shown, right: Shown) -> RenderableType:
+def side_by_side(left: Shown, right: Shown, *, full: bool = False) -> RenderableType:
     """Return two episodes next to each other."""
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(ratio=1)
     table.add_column(ratio=1)
-    table.add_row(turn_by_turn(left), turn_by_turn(right))
+    table.add_row(turn_by_turn(left, full=full), turn_by_turn(right, full=full))
     return table
 
 
@@ -144,8 +148,12 @@ def to_html(shown: Sequence[Shown]) -> str:
 
 
 def to_json(shown: Shown) -> str:
-    """Return the cell's spec and its episodes as JSON."""
-    return json.dumps(_as_data(shown), indent=1, allow_nan=False)
+    """Return the cell's spec and its episodes as JSON, each turn with its commands in full."""
+    data = _as_data(shown)
+    for episode in data["episodes"]:
+        for step, commands in zip(episode["steps"], commands_of(episode["steps"]), strict=True):
+            step[COMMANDS] = commands
+    return json.dumps(data, indent=1, allow_nan=False)
 
 
 def _as_data(shown: Shown) -> Mapping[str, Any]:
@@ -167,29 +175,66 @@ def _as_data(shown: Shown) -> Mapping[str, Any]:
     }
 
 
-def _step(number: int, step: Mapping[str, Any]) -> list[RenderableType]:
+def _step(
+    number: int, step: Mapping[str, Any], commands: Sequence[str] | None, full: bool
+) -> list[RenderableType]:
     thought, action = read_reply(str(step["action"]))
     parts: list[RenderableType] = [
         Panel(Text(str(step["observation"])), title=f"turn {number}", box=box.ROUNDED)
     ]
+    if commands is not None:
+        parts.append(_commands(commands, action, full))
     if thought:
         words = thought.split()
-        more = f" … ({len(words)} words)" if len(words) > 24 else ""
-        parts.append(Text(f"  thinks: {' '.join(words[:24])}{more}", style="dim italic"))
+        kept = words if full else words[:_FOLDED_WORDS]
+        more = f" … ({len(words)} words)" if len(kept) < len(words) else ""
+        parts.append(Text(f"  thinks: {' '.join(kept)}{more}", style="dim italic"))
     if step.get("pieces"):
         parts.append(_heat(step["pieces"], step["log_probs"]))
     marks = [] if step["valid"] else ["not valid"]
     marks += ["cannot be read"] if step["format_error"] else []
     line = Text(f"> {action}", style="bold cyan")
-    line.append(f"   reward {step['reward']:+g}, score {step['score']:g}", style="dim")
+    tokens = f", {step['tokens']} tokens" if step.get("tokens") else ""
+    line.append(f"   reward {step['reward']:+g}, score {step['score']:g}{tokens}", style="dim")
     if marks:
         line.append(f"   {', '.join(marks)}", style="yellow")
     parts.append(line)
     visits = step.get("notes", {}).get("visits")
     if isinstance(visits, Mapping):
-        most = sorted(visits.items(), key=lambda item: -item[1])[:_MOST_VISITED]
-        parts.append(Text("  visits: " + ", ".join(f"{c} {n}" for c, n in most), style="dim"))
+        parts.append(_visits(visits, step["notes"].get("prior", {}), action))
     return parts
+
+
+def _commands(commands: Sequence[str], action: str, full: bool) -> Text:
+    """Return the admissible commands in one line, the first few of them unless ``full``."""
+    line = Text(f"  {len(commands)} commands: ", style="dim")
+    kept = commands if full else commands[:_FOLDED_COMMANDS]
+    for place, command in enumerate(kept):
+        line.append(" · " if place else "")
+        line.append(command, style="bold cyan" if command == action else "")
+    if len(kept) < len(commands):
+        line.append(f" … and {len(commands) - len(kept)} more")
+    return line
+
+
+def _visits(visits: Mapping[str, int], prior: Mapping[str, float], action: str) -> Table:
+    """Return a bar for each of the most visited commands, the chosen one marked."""
+    table = Table.grid(padding=(0, 1))
+    most = sorted(visits.items(), key=lambda item: -item[1])
+    for command, count in most[:_MOST_VISITED]:
+        if count > 0:
+            chosen = command == action
+            table.add_row(
+                Text("  ▸" if chosen else "   ", style="cyan"),
+                Text(command, style="bold cyan" if chosen else ""),
+                Text("█" * max(1, round(_BAR * count / most[0][1])), style="cyan"),
+                Text(str(count)),
+                Text(f"prior {prior[command]:.2f}" if command in prior else "", style="dim"),
+            )
+    left = [count for _, count in most[_MOST_VISITED:] if count > 0]
+    if left:
+        table.add_row("", Text(f"{len(left)} others", style="dim"), "", Text(str(sum(left))))
+    return table
 
 
 def _heat(pieces: Sequence[str], log_probs: Sequence[float | None]) -> Text:

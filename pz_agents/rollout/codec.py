@@ -3,7 +3,8 @@
 ``encode`` packs a trajectory's text as JSON and its token arrays as raw little-endian numbers, bit
 for bit, under a checksum. A conversation's prompts grow at their end, so each prompt is kept as
 the length it shares with the previous prompt and completion, and the rest: the size is linear in
-the episode's length, not quadratic.
+the episode's length, not quadratic. Lists of admissible commands, which no learner reads, are left
+out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from pz_agents.sdk.types import Ids, LogProbs, Sample, Step, Trajectory
 from pz_envs.errors import DataError
 
+_STEP_FIELDS = tuple(each.name for each in fields(Step) if each.name != "admissible_commands")
 _SAMPLE_SCALARS = ("finish", "version", "temperature")
 _MAGIC = b"pzT1"
 
@@ -128,7 +130,7 @@ def _document(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def _plain_step(key: str, step: Step) -> dict[str, Any]:
-    plain = {field.name: getattr(step, field.name) for field in fields(Step)}
+    plain = {name: getattr(step, name) for name in _STEP_FIELDS}
     sample = step.sample
     plain["sample"] = (
         None if sample is None else {name: getattr(sample, name) for name in _SAMPLE_SCALARS}

@@ -113,6 +113,7 @@ class LiveEpisode:
                 format_error=bool(info["format_error"]),
                 sample=action.sample,
                 notes=action.notes,
+                admissible_commands=self.info.get("admissible_commands"),
             )
         )
         self.observation, self.info = observation, info

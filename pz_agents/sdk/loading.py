@@ -51,6 +51,11 @@ def agent_names() -> tuple[str, ...]:
     return (*BUILT_IN, *sorted(set(_installed()) - set(BUILT_IN)))
 
 
+def installed_agent(name: str) -> EntryPoint | None:
+    """Return the entry point that ``load_agent(name)`` would follow, None for any other name."""
+    return None if name in BUILT_IN else _installed().get(name)
+
+
 def load_agent(
     spec: str,
     *,
@@ -128,7 +133,7 @@ def _target(spec: str) -> Any:
         return external(spec.removeprefix("external:"))
     if spec in BUILT_IN:
         spec = BUILT_IN[spec]
-    elif (installed := _installed().get(spec)) is not None:
+    elif (installed := installed_agent(spec)) is not None:
         spec = installed.value
     place, colon, name = spec.rpartition(":")
     if not colon and spec.endswith(".py"):

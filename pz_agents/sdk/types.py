@@ -87,6 +87,8 @@ class Action:
 class Step:
     """One turn as it happened: what was seen, what was said, what came of it.
 
+    ``admissible_commands`` are those where the agent acted, None where the environment named none;
+    they are for people to look at and are not written to the experience store.
     Requests beside the one that ``sample`` holds (candidates not chosen, reflections) are counted
     in ``notes``: ``other_tokens`` were sampled and ``other_prompt_tokens`` read for them.
     """
@@ -99,6 +101,7 @@ class Step:
     format_error: bool
     sample: Sample | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    admissible_commands: tuple[str, ...] | None = None
 
     @property
     def sampled_tokens(self) -> int:

@@ -16,6 +16,8 @@ from pz_bench import scores
 from pz_bench.cell import CellResult, canonical
 from pz_envs import catalog
 
+_TEST_SPLITS = {"valid_seen": "seen", "valid_unseen": "unseen"}
+
 
 def one_per_slot(results: Sequence[CellResult]) -> tuple[list[CellResult], list[str]]:
     """Return one cell a place in the table, the fullest, and a sentence for each left out."""
@@ -26,7 +28,8 @@ def one_per_slot(results: Sequence[CellResult]) -> tuple[list[CellResult], list[
         kept.append(first)
         left_out += [
             f"{scores.portable(cell.spec.title)}: {cell.status}, {len(cell.episodes)} episodes, "
-            "left out for a fuller cell of the same place"
+            f"left out for {first.id}, a cell of the same place that is "
+            + ("fuller" if _fullness(first)[:2] < _fullness(cell)[:2] else "as full")
             for cell in others
         ]
     return kept, left_out
@@ -34,7 +37,8 @@ def one_per_slot(results: Sequence[CellResult]) -> tuple[list[CellResult], list[
 
 def _fullness(cell: CellResult) -> tuple[Any, ...]:
     order = {"done": 0, "partial": 1, "failed": 2, "not_run": 3}
-    return (order[cell.status], -len(cell.episodes), cell.id, cell.spec.model_dump_json())
+    found = (order[cell.status], -len(cell.episodes), not cell.data, cell.id)
+    return (*found, cell.spec.model_dump_json())
 
 
 def grouped(
@@ -52,6 +56,21 @@ def column(cell: CellResult) -> str:
     extra = settings_text(cell.spec.env_kwargs)
     name = catalog.find(cell.spec.env).id
     return f"{name} ({extra})" if extra else name
+
+
+def short_name(cell: CellResult, only_one: bool) -> str:
+    """Return what a column is called: without arguments when its id stands in it alone.
+
+    Of two test splits that must be told apart it says which, the default one's too.
+    """
+    row = catalog.find(cell.spec.env)
+    given = dict(cell.spec.env_kwargs)
+    split = _TEST_SPLITS.get({**row.kwargs, **row.eval_kwargs, **given}.get("split", ""), "")
+    if split:
+        given.pop("split", None)
+    extra = "" if only_one else settings_text(given)
+    name = row.id.removeprefix("pz/").removesuffix("-v0")
+    return " ".join(filter(None, (name, split, f"({extra})" if extra else "")))
 
 
 def _line(cell: CellResult) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from pz_bench.report import plots, side_tables, tables
+from pz_bench.report import plots, side_tables, tables, wording
 from pz_bench.report.leaderboard import Leaderboard
 
 
@@ -24,7 +24,7 @@ def render(board: Leaderboard) -> str:
     return template.render(
         board=board,
         headline=tables.headline(board),
-        notes=tables.notes(board),
+        notes=wording.notes(board),
         macro=plots.score_panel(board, None),
         aggregates=tables.aggregates(board),
         samples=side_tables.samples(board),
@@ -37,7 +37,7 @@ def render(board: Leaderboard) -> str:
         not_run=tables.not_run(board),
         unranked=tables.unranked(board),
         sections=[_section(board, place) for place in range(len(board.environments))],
-        definitions=tables.definitions(board),
+        definitions=wording.definitions(board),
         sources=side_tables.published_sources(board),
         settings=tables.settings(board),
     )
@@ -48,7 +48,7 @@ def _section(board: Leaderboard, place: int) -> dict[str, Any]:
     found = (plots.score_panel(board, environment), plots.cost_panel(board, environment))
     return {
         "name": environment.name,
-        "link": tables.link(environment),
+        "link": wording.link(environment),
         "family": environment.family_title,
         "table": tables.details(board, environment),
         "published": side_tables.published(board, environment),

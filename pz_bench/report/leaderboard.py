@@ -27,7 +27,11 @@ THRESHOLDS = tuple(round(0.02 * step, 2) for step in range(51))
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A column: one environment of the suite and what its number means."""
+    """A column: one environment of the suite and what its number means.
+
+    ``data`` says what was played, one entry for each difference: files by name with the beginning
+    of their hash, ``generated`` in place of published files, or nothing where none are published.
+    """
 
     name: str
     id: str
@@ -39,13 +43,14 @@ class Environment:
     success_definition: str
     turns_name: str
     seeds: tuple[int, ...]
+    data: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Macro:
     """The mean over families (each family the mean of its environments), in 0..1.
 
-    In a suite of one environment it is that environment's score, interval included.
+    Its interval combines those of the environments; there is none where one of them has none.
     """
 
     mean: float
@@ -59,8 +64,8 @@ class FamilyMean:
 
     family: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +162,7 @@ def build(
     ids = Counter(columns[name][0].spec.env for name in columns)
     environments = sorted(
         (
-            _environment(name, columns[name][0], seeds[name], ids[columns[name][0].spec.env] == 1)
+            _environment(name, columns[name], seeds[name], ids[columns[name][0].spec.env] == 1)
             for name in columns
         ),
         key=_catalog_order,
@@ -166,7 +171,10 @@ def build(
         label: grouping.grouped(line, grouping.column) for label, line in grouping.labelled(cells)
     }
     drawn = {label: Draws(lines[label], environments) for label in lines}
-    rows = [_row(label, lines[label], environments, drawn[label]) for label in sorted(lines)]
+    played = {name: scores.played_by_most(columns[name]) for name in columns}
+    rows = [
+        _row(label, lines[label], environments, drawn[label], played) for label in sorted(lines)
+    ]
     return Leaderboard(
         suite=suite,
         title=title or suite,
@@ -183,15 +191,15 @@ def build(
 
 
 def _environment(
-    name: str, cell: CellResult, seeds: tuple[int, ...], only_one: bool
+    name: str, cells: Sequence[CellResult], seeds: tuple[int, ...], only_one: bool
 ) -> Environment:
-    """Return a column; its short name says no arguments when its id stands in it alone."""
+    cell = cells[0]
     row = catalog.find(cell.spec.env)
     family = FAMILIES[row.family]
     return Environment(
         name=name,
         id=row.id,
-        short=(row.id if only_one else name).removeprefix("pz/").replace("-v0", ""),
+        short=grouping.short_name(cell, only_one),
         family=family.name,
         family_title=family.title,
         metric=row.metric,
@@ -199,7 +207,21 @@ def _environment(
         success_definition=family.success,
         turns_name=family.turns,
         seeds=seeds,
+        data=_data(cells, "generated" if row.dataset else ""),
     )
+
+
+def _data(cells: Sequence[CellResult], without: str) -> tuple[str, ...]:
+    """Return the different data that cells with episodes played; ``without`` where there is none.
+
+    Hashes are cut to eight digits.
+    """
+    found = {
+        ", ".join(f"{file} {cell.data[file][:8]}" for file in sorted(cell.data)) or without
+        for cell in cells
+        if cell.episodes
+    }
+    return tuple(sorted(filter(None, found)))
 
 
 def _catalog_order(environment: Environment) -> tuple[int, str]:
@@ -216,10 +238,13 @@ def _row(
     cells: Mapping[str, list[CellResult]],
     environments: Sequence[Environment],
     draws: Draws,
+    played: Mapping[str, Mapping[str, str]],
 ) -> Row:
     spec = next(iter(cells.values()))[0].spec
     own = tuple(
-        scores.score(cells[each.name], catalog.find(each.id), each.name, each.seeds)
+        scores.score(
+            cells[each.name], catalog.find(each.id), each.name, each.seeds, played[each.name]
+        )
         for each in environments
         if each.name in cells
     )
@@ -236,17 +261,17 @@ def _row(
         tiny=spec.model == "tiny",
         rank=None,
         reason=reason,
-        macro=None if reason else _macro(own, draws),
+        macro=None if reason else _macro(own, environments),
         scores=own,
         task_mean=None if reason else _task_mean(own),
         aggregate=None if reason else _aggregate(draws, environments),
-        families=tuple(_family_means(own, environments, draws)),
+        families=tuple(_family_means(own, environments)),
         profile=None if reason else _profile(draws, environments),
     )
 
 
 def _family_means(
-    own: Sequence[Score], environments: Sequence[Environment], draws: Draws
+    own: Sequence[Score], environments: Sequence[Environment]
 ) -> Iterator[FamilyMean]:
     ranked = {score.environment for score in own if score.status == "ranked"}
     families = Counter(each.family for each in environments)
@@ -257,9 +282,9 @@ def _family_means(
             or not ranked.issuperset(each.name for each in environments if each.family == family)
         ):
             continue
-        low, high = stats.percentile_interval(draws.family(family))
-        numbers = (draws.family_mean(family), low, high)
-        yield FamilyMean(family, *(scores.rounded(value) for value in numbers))
+        members = {each.name for each in environments if each.family == family}
+        found = [score for score in own if score.environment in members]
+        yield FamilyMean(family, *_mean_of(found, [1 / size] * size))
 
 
 def _profile(draws: Draws, environments: Sequence[Environment]) -> tuple[float, ...] | None:
@@ -295,11 +320,28 @@ def _row_reason(own: Sequence[Score], environments: Sequence[Environment]) -> st
     return "; ".join(f"{lack}: {', '.join(names)}" for lack, names in lacks.items()) or None
 
 
-def _macro(own: Sequence[Score], draws: Draws) -> Macro:
-    if len(own) == 1 and own[0].value is not None:
-        return Macro(own[0].value, own[0].low, own[0].high)
-    found = (draws.macro_mean(), *stats.percentile_interval(draws.macro()))
-    return Macro(*(scores.rounded(value) for value in found))
+def _macro(own: Sequence[Score], environments: Sequence[Environment]) -> Macro:
+    families = {each.name: each.family for each in environments}
+    sizes = Counter(families[score.environment] for score in own)
+    shares = [1 / len(sizes) / sizes[families[score.environment]] for score in own]
+    return Macro(*_mean_of(own, shares))
+
+
+def _mean_of(
+    own: Sequence[Score], weights: Sequence[float]
+) -> tuple[float, float | None, float | None]:
+    """Return the weighted sum of scores with its interval, rounded."""
+    values = [score.value or 0.0 for score in own]
+    mean = scores.rounded(sum(w * value for w, value in zip(weights, values, strict=True)))
+    ends = [
+        stats.Interval(score.low, score.high)
+        for score in own
+        if score.low is not None and score.high is not None
+    ]
+    if len(ends) < len(own):
+        return mean, None, None
+    low, high = stats.combined_interval(list(zip(weights, values, ends, strict=True)))
+    return mean, scores.rounded(low), scores.rounded(high)
 
 
 def _task_mean(own: Sequence[Score]) -> float:
@@ -378,14 +420,12 @@ def _comparisons(
                     row=row.label,
                     against=other.label,
                     difference=scores.rounded(difference.mean),
-                    low=scores.rounded(difference.low),
-                    high=scores.rounded(difference.high),
+                    low=scores.rounded_or_none(difference.low),
+                    high=scores.rounded_or_none(difference.high),
                     p=scores.rounded(difference.p),
                     p_holm=1.0,
                     improvement=scores.rounded(result.improvement),
-                    detectable=scores.rounded(
-                        ranking.detectable_difference(difference.low, difference.high)
-                    ),
+                    detectable=scores.rounded_or_none(ranking.detectable_difference(difference)),
                     instances=result.instances,
                     seeds=len(left.seeds),
                     against_seeds=len(right.seeds),

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from pz_bench.ranking import ENOUGH_SEEDS
-from pz_bench.report import tables
+from pz_bench.report import numbers
 from pz_bench.report.curves import Curve
 from pz_bench.report.drawing import (
     INK,
@@ -150,7 +150,7 @@ def _training_figure(board: Leaderboard, panels: Sequence[tuple[str, str]]) -> F
             continue
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.amount(value, 3)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.amount(value, 3)))
         axes.set_xlabel(_AXES[axis], fontsize=8.5, color=INK)
         axes.set_ylabel("percent" if shares else "reward an episode", fontsize=8.5, color=INK)
         finish(axes, _training_title(board, place), grid="both")

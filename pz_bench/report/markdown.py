@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pz_bench.report import side_tables, tables
+from pz_bench.report import side_tables, tables, wording
 from pz_bench.report.leaderboard import Leaderboard
 from pz_bench.report.tables import Cell, Header, Table
 
@@ -24,7 +24,7 @@ def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
         plots: file names of plots beside the page, in order.
     """
     parts = [f"# {_escape(board.title)}", _table(tables.headline(board))]
-    parts.append("\n".join(f"- {_escape(note)}" for note in tables.notes(board)))
+    parts.append("\n".join(f"- {_escape(note)}" for note in wording.notes(board)))
     parts += [f"![{_alt(name)}]({name})" for name in plots]
     over_all = tables.aggregates(board)
     if over_all.rows:
@@ -55,7 +55,7 @@ def render(board: Leaderboard, plots: Sequence[str] = ()) -> str:
     parts.append("## Definitions")
     parts += [
         f'<a id="{link}"></a>**{_escape(title)}.** {_escape(text)}'
-        for link, title, text in tables.definitions(board)
+        for link, title, text in wording.definitions(board)
     ]
     sources = side_tables.published_sources(board)
     if sources:

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from pz_bench.report import line_plots, tables
+from pz_bench.report import line_plots, numbers, wording
 from pz_bench.report.drawing import (
     INK,
     MOST_ROWS,
@@ -55,7 +55,7 @@ def score_panel(board: Leaderboard, environment: Place) -> Panel | None:
     if not bars:
         return None
     drawn = _inline(board, environment, _draw_bars, _bars_height(len(bars)))
-    words = ", ".join(f"{bar.label} {tables.value(bar.value, bar.low, bar.high)}" for bar in bars)
+    words = ", ".join(f"{bar.label} {numbers.value(bar.value, bar.low, bar.high)}" for bar in bars)
     return Panel(drawn, f"{_title(board, environment)}, percent: {words}")
 
 
@@ -82,7 +82,7 @@ def cost_panel(board: Leaderboard, environment: Environment) -> Panel | None:
         return None
     drawn = _inline(board, environment, _draw_cost, _COST_HEIGHT)
     words = ", ".join(
-        f"{bar.label} {tables.percent(bar.value)} with {tables.amount(bar.tokens)} tokens"
+        f"{bar.label} {numbers.percent(bar.value)} with {numbers.amount(bar.tokens)} tokens"
         for bar in points
     )
     return Panel(drawn, f"{_title(board, environment)} by sampled tokens: {words}")
@@ -183,7 +183,7 @@ def _title(board: Leaderboard, environment: Place) -> str:
     if isinstance(environment, str):
         titles = {each.family: each.family_title for each in board.environments}
         return f"{titles[environment]}: mean"
-    return f"{environment.short}: {tables.metric_name(environment).lower()}"
+    return f"{environment.short}: {wording.metric_name(environment).lower()}"
 
 
 def _draw_bars(axes: Any, board: Leaderboard, environment: Place, ink: Mapping[str, str]) -> None:
@@ -206,7 +206,7 @@ def _draw_bars(axes: Any, board: Leaderboard, environment: Place, ink: Mapping[s
     )
     for place, bar in enumerate(bars):
         axes.annotate(
-            tables.percent(bar.value),
+            numbers.percent(bar.value),
             (100 * (bar.value if bar.high is None else bar.high), place),
             xytext=(5, 0),
             textcoords="offset points",
@@ -279,7 +279,7 @@ def _draw_cost(axes: Any, board: Leaderboard, environment: Place, ink: Mapping[s
     axes.set_ylim(-4, 108)
     axes.xaxis.set_major_locator(FixedLocator(ticks(low, high)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: tables.amount(number)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: numbers.amount(number)))
     axes.yaxis.set_major_locator(FixedLocator([0, 25, 50, 75, 100]))
     axes.set_xlabel("sampled tokens an episode", fontsize=8.5, color=INK)
     finish(axes, f"{_title(board, environment)} by tokens", grid="y")

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from pz_bench import anchors
 from pz_bench.report.leaderboard import Environment, FamilyMean, Leaderboard
-from pz_bench.report.tables import (
-    ABSENT,
-    Cell,
-    Header,
-    Table,
-    interval_title,
-    link,
-    metric_name,
-    percent,
-    row_label,
-    value,
-)
+from pz_bench.report.numbers import ABSENT, interval_title, percent, value
+from pz_bench.report.tables import Cell, Header, Table, row_label
+from pz_bench.report.wording import link, metric_name
 
 
 def samples(board: Leaderboard) -> Table:

@@ -1,8 +1,4 @@
-"""The tables of a leaderboard as text: every number is turned into characters here and only here.
-
-Markdown, HTML and the terminal lay out the same ``Table``s, so they cannot disagree. Shares are in
-percent with one decimal; CSV and JSON hold the plain numbers instead.
-"""
+"""The tables of a leaderboard as text; Markdown, HTML and the terminal lay out the same ones."""
 
 from __future__ import annotations
 
@@ -11,20 +7,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pz_bench import scores
-from pz_bench.ranking import ENOUGH_SEEDS, Aggregate
+from pz_bench.ranking import Aggregate
 from pz_bench.report.leaderboard import Environment, Leaderboard, Row
-from pz_bench.scores import Score
+from pz_bench.report.numbers import (
+    ABSENT,
+    amount,
+    interval_title,
+    p_value,
+    percent,
+    signed,
+    span,
+    value,
+)
+from pz_bench.report.wording import link, metric_name
+from pz_bench.scores import Comparison, Score
 
 Kind = Literal["label", "value", "unranked", "missing", "text"]
 
-ABSENT = "–"
 NOT_RUN = "not run"
 _IMPROVE = (
     "Share of retries that bettered the attempt they repeat while training, percent; in "
     "parentheses the share of all base attempts"
 )
-
-
+_DATA = (
+    "Files that the tasks came from and the beginning of each one's hash; – where the program "
+    "makes all of them"
+)
 _BEST = "Highest score within 100 steps of an episode, mean; the score beside it is the final one"
 
 
@@ -185,21 +193,19 @@ def comparisons(board: Leaderboard) -> Table:
     short = {each.name: each.short for each in board.environments}
     lines = []
     for each in board.comparisons:
-        excludes = each.low > 0 or each.high < 0
-        title = "The interval excludes 0" if excludes else "The interval includes 0"
-        interval = f"{signed(each.low)} to {signed(each.high)}"
+        title = _why_bold(each)
         lines.append(
             (
                 Cell(short[each.environment], short[each.environment], kind="label"),
                 Cell(each.row, each.row),
                 Cell(each.against, each.against),
-                Cell(signed(each.difference), each.difference, title, "value", excludes),
-                Cell(interval, each.low, title, "value"),
+                Cell(signed(each.difference), each.difference, title, "value", each.stands_out),
+                Cell(span(each.low, each.high), each.low, title, "value"),
                 Cell(p_value(each.p), each.p, kind="value"),
                 Cell(p_value(each.p_holm), each.p_holm, kind="value"),
                 Cell(percent(each.improvement), each.improvement, kind="value"),
                 Cell(
-                    percent(each.detectable) if each.detectable else ABSENT,
+                    ABSENT if each.detectable is None else percent(each.detectable),
                     each.detectable,
                     kind="value",
                 ),
@@ -208,6 +214,14 @@ def comparisons(board: Leaderboard) -> Table:
             )
         )
     return Table(heads, tuple(lines))
+
+
+def _why_bold(each: Comparison) -> str:
+    if each.low is None or each.high is None:
+        return "All paired differences are equal: no interval"
+    excludes = each.low > 0 or each.high < 0
+    interval = f"The interval {'excludes' if excludes else 'includes'} 0"
+    return f"{interval}; bold: it does, and p (Holm) is below 0.05"
 
 
 def unranked(board: Leaderboard) -> Table:
@@ -257,106 +271,11 @@ def settings(board: Leaderboard) -> Table:
                 Cell(", ".join(map(str, environment.seeds)), kind="value"),
                 Cell(_range([score.planned for score in found]), kind="value"),
                 Cell(_range([score.max_turns for score in found]), kind="value"),
+                Cell("; ".join(environment.data) or ABSENT, "; ".join(environment.data)),
             )
         )
-    return Table(_heads("Environment", "Seeds", "Episodes a seed", "Turns at most"), tuple(lines))
-
-
-def definitions(board: Leaderboard) -> list[tuple[str, str, str]]:
-    """Return (link, title, text) of the macro mean, of each family's score and of statistics."""
-    found = [
-        (
-            "score-macro",
-            "Macro mean",
-            "Mean over families of the mean over each family's environments, so that a family "
-            "counts once however many environments it has. Only rows that are complete over the "
-            "whole suite have one.",
-        )
-    ]
-    for family in board.families:
-        own = [each for each in board.environments if each.family == family]
-        metrics = " and ".join(sorted({metric_name(each).lower() for each in own}))
-        text = (
-            f"Shown: {metrics}. Score: {own[0].score_definition} "
-            f"Success: {own[0].success_definition}"
-        )
-        found.append((f"score-{family}", own[0].family_title, text))
-    found.append(("statistics", "Statistics", " ".join(_statistics(board))))
-    return found
-
-
-def notes(board: Leaderboard) -> list[str]:
-    """Return the sentences that stand under the headline table."""
-    found = [
-        "Numbers are percent, ± the larger side of the 95 % interval.",
-        "A failed episode counts as 0.",
-    ]
-    if any(score.status == "unranked" for row in board.rows for score in row.scores):
-        found.append("In parentheses: not ranked, for the reasons listed below.")
-    if board.not_run:
-        found.append("Not run is not zero: the commands that would run it are listed below.")
-    if any(row.score(each.name) is None for row in board.rows for each in board.environments):
-        found.append(f"{ABSENT}: not in the suite for this row.")
-    if any(row.aggregate is not None and row.aggregate.provisional for row in board.rows):
-        found.append(f"*: provisional, from fewer than {ENOUGH_SEEDS} seeds.")
-    if any(row.anchor for row in board.rows):
-        found.append(
-            "Anchors show the range and have no rank: random acts at random, expert plays the "
-            "known solution."
-        )
-    if board.published:
-        found.append(
-            "Figures marked published are other people's, under their own protocols; they stand "
-            "under each environment's table and have no rank."
-        )
-    found += [
-        f"{each.short} is {each.name}." for each in board.environments if each.name != each.id
-    ]
-    if any(row.tiny for row in board.rows):
-        found.append(f"Rows marked {scores.TINY_LABEL}.")
-    return found
-
-
-def metric_name(environment: Environment) -> str:
-    """Return what the number of a column is called."""
-    return "Success rate" if environment.metric == "success" else "Normalised score"
-
-
-def link(environment: Environment) -> str:
-    """Return the name of the definition of the environment's score."""
-    return f"score-{environment.family}"
-
-
-def percent(share: float) -> str:
-    """Return a share of one as percent with one decimal, never ``-0.0``."""
-    return f"{round(100 * share, 1) + 0.0:.1f}"
-
-
-def signed(difference: float) -> str:
-    """Return a difference of shares in points with its sign."""
-    points = round(100 * difference, 1) + 0.0
-    return "0.0" if points == 0 else f"{points:+.1f}".replace("-", "−")
-
-
-def p_value(p: float) -> str:
-    """Return p to three decimals, or the bound it is below."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def value(mean: float, low: float | None, high: float | None) -> str:
-    """Return ``62.5 ± 4.2``: percent, and the larger side of the interval where there is one."""
-    if low is None or high is None:
-        return percent(mean)
-    return f"{percent(mean)} ± {percent(max(mean - low, high - mean, 0.0))}"
-
-
-def amount(number: float | None, decimals: int = 1) -> str:
-    """Return a count or mean: whole numbers whole, thousands apart by thin spaces."""
-    if number is None:
-        return ABSENT
-    text = f"{number:,.{decimals}f}" if number < 1000 else f"{number:,.0f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return text.replace(",", "\u202f")
+    heads = _heads("Environment", "Seeds", "Episodes a seed", "Turns at most")
+    return Table((*heads, Header("Data", _DATA)), tuple(lines))
 
 
 def _heads(*texts: str) -> tuple[Header, ...]:
@@ -444,13 +363,6 @@ def _score(score: Score | None, best: float | None, row: Row) -> Cell:
     return Cell(text, score.value, interval_title(score.low, score.high), "value", strong)
 
 
-def interval_title(low: float | None, high: float | None) -> str:
-    """Return the interval in words."""
-    if low is None or high is None:
-        return "One episode: no interval"
-    return f"95 % interval {percent(low)} to {percent(high)}"
-
-
 def _numbers(score: Score, improve: bool, high: bool) -> tuple[Cell, ...]:
     if score.value is None:
         return tuple(Cell(ABSENT, kind="missing") for _ in range(10 + improve + high))
@@ -491,26 +403,3 @@ def _scores_of(board: Leaderboard, environment: Environment) -> list[Score]:
 def _range(numbers: Sequence[int]) -> str:
     low, high = min(numbers), max(numbers)
     return amount(low) if low == high else f"{amount(low)} to {amount(high)}"
-
-
-def _statistics(board: Leaderboard) -> list[str]:
-    return [
-        "All rows and seeds of an environment play the same instances.",
-        "Success rates have Wilson intervals over seeds × instances; because seeds share "
-        "instances, the trials are divided by the design effect of instances or seeds as "
-        "clusters, whichever is larger.",
-        "Other means and the macro mean have percentile intervals of a bootstrap that draws seeds, "
-        f"then instances shared by the drawn seeds ({board.resamples} replicates, fixed streams).",
-        "Of these, an environment whose episodes all have the same value adds no width.",
-        "Comparisons are paired: the difference on shared instances, with Student's interval over "
-        "the variances of instances and of each side's seeds and Satterthwaite's degrees of "
-        "freedom; p is the two-sided sign-flip permutation p-value over instances, "
-        "corrected by Holm's method over all comparisons of one kind; "
-        "P(better) counts a tie as one half; the detectable difference is (z.975 + z.8) standard "
-        "errors.",
-        "Rank intervals are of the rank of the macro mean over the same bootstrap draws; the IQM "
-        "is the mean of the middle half of all seed means, with a bootstrap stratified by "
-        "environment.",
-        "A score is not ranked when seeds or episodes are missing or when more than "
-        f"{100 * scores.MAX_FAILURES:.0f} % of its episodes failed.",
-    ]

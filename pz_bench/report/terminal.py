@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pz_bench import scores
 from pz_bench.narrow import Fitted
-from pz_bench.report import tables
+from pz_bench.report import numbers, tables
 from pz_bench.report.leaderboard import Leaderboard
 from pz_bench.report.tables import Cell, Header, Table
 
@@ -29,13 +29,13 @@ def render_terminal(board: Leaderboard) -> RenderableType:
     parts: list[RenderableType] = [_Headline(board)]
     for each in board.comparisons:
         short = next(place.short for place in board.environments if place.name == each.environment)
-        excludes = each.low > 0 or each.high < 0
         parts.append(
             Text(
-                f"{short}: {each.row} against {each.against} {tables.signed(each.difference)} "
-                f"points [{tables.signed(each.low)} to {tables.signed(each.high)}], "
-                f"p {'' if each.p < 0.001 else '= '}{tables.p_value(each.p)}",
-                style="green" if excludes and each.difference > 0 else "",
+                f"{short}: {each.row} against {each.against} {numbers.signed(each.difference)} "
+                f"points [{numbers.span(each.low, each.high)}], "
+                f"p {'' if each.p < 0.001 else '= '}{numbers.p_value(each.p)}, "
+                f"Holm {numbers.p_value(each.p_holm)}",
+                style="green" if each.stands_out and each.difference > 0 else "",
             )
         )
     for head, table in (("Not run", tables.not_run(board)), ("Not ranked", tables.unranked(board))):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,16 @@ def test_the_json_form_returns_every_value(item):
     assert plain(trajectory_from_json(json.loads(json.dumps(trajectory_to_json(item))))) == plain(
         item
     )
+
+
+def test_lists_of_commands_are_not_stored():
+    bare = trajectory(samples=[None, sample([1], [2], [0.5])])
+    listed = replace(
+        bare, steps=tuple(replace(step, admissible_commands=("go",)) for step in bare.steps)
+    )
+    assert encode(listed) == encode(bare)
+    assert trajectory_to_json(listed) == trajectory_to_json(bare)
+    assert [step.admissible_commands for step in decode(encode(listed)).steps] == [None, None]
 
 
 def test_nan_log_probs_keep_their_bits():

@@ -115,6 +115,71 @@ def test_a_limit_leaves_the_rest_owed(here, capsys):
     assert main(["run", "--matrix", "m.yaml"]) == 0
 
 
+def test_a_fresh_cell_keeps_its_result_until_it_is_measured_again(here, capsys):
+    """A budget, a limit or missing data may keep it from being started."""
+    assert main(["run", "--matrix", "m.yaml"]) == 0
+    first, *others = store.cell_folders(here / "runs")
+    files = {folder: (folder / store.CELL).stat().st_mtime_ns for folder in (first, *others)}
+
+    def unchanged():
+        return [folder for folder in files if measured(folder) == files[folder]]
+
+    def measured(folder):
+        return (folder / store.CELL).stat().st_mtime_ns
+
+    capsys.readouterr()
+    assert main(["run", "--matrix", "m.yaml", "--fresh", "all", "--limit", "1", "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert "4 of 4 cells are owed" in dry
+    assert "now: 1 of them (--limit 1): " in dry
+    assert len(unchanged()) == 4
+    small = ["run", "--matrix", "m.yaml", "--fresh", "all", "--set", "limits.steps=1"]
+    assert main(small) == cli.INCOMPLETE
+    assert len(unchanged()) == 4
+    assert main(["run", "--matrix", "m.yaml", "--fresh", "all", "--limit", "1"]) == cli.INCOMPLETE
+    assert len(unchanged()) == 3
+    assert store.verify(here / "runs") == []
+    assert main(["run", "--matrix", "m.yaml"]) == 0
+
+
+def test_a_fresh_cell_that_cannot_be_run_here_is_refused_and_kept(here, capsys, monkeypatch):
+    (here / "empty").mkdir()
+    game = ["run", "-a", "random", "-e", "pz/Detective-v0", "-n", "1", "--set", "max_turns=2"]
+    assert main(game) == 0
+    (folder,) = store.cell_folders(here / "runs")
+    monkeypatch.setenv("PZ_DATA", str(here / "empty"))
+    capsys.readouterr()
+    assert main([*game, "--fresh", folder.name]) == 2
+    said = capsys.readouterr().err
+    assert f"--fresh {folder.name}: it cannot be run here." in said
+    assert "pz-envs data get jericho/detective.z5" in said
+    assert store.read_cell(folder).status == "done"
+
+
+def test_an_empty_store_names_the_next_command(here, capsys):
+    for words in (["watch", "--once"], ["ls"], ["status"]):
+        assert main(words) == 0
+        assert "pz-bench run --matrix starts" in capsys.readouterr().out
+
+
+def test_one_suite_s_status_can_be_asked_for(here, capsys):
+    assert main(["run", "--matrix", "m.yaml", "--limit", "1"]) == cli.INCOMPLETE
+    capsys.readouterr()
+    assert main(["status", "--suite", "small"]) == 0
+    assert capsys.readouterr().out == "small: 4 cells: 1 done, 3 owed\n"
+    assert main(["status", "--suite", "smal"]) == 2
+    assert "small" in capsys.readouterr().err
+
+
+def test_a_wrong_part_of_a_list_is_one_error(here, capsys):
+    assert main(["run", "--matrix", "m.yaml", "--set", "seeds=[x]"]) == 2
+    said = capsys.readouterr().err
+    assert "seeds.0" in said
+    assert "at least 1 item" not in said
+    assert main(["run", "--matrix", "m.yaml", "--set", "seeds=[]"]) == 2
+    assert "at least 1 item" in capsys.readouterr().err
+
+
 def test_failed_cells_make_the_exit_code_one(here, capsys):
     words = ["run", "-a", "my_agent.py:broken", "-e", "pz/Countdown-v0", "-n", "2"]
     assert main(words) == 1

@@ -49,6 +49,18 @@ def test_a_price_is_read_from_the_command_line():
             budget.parse_price(wrong)
 
 
+def test_the_command_line_s_price_wins_over_the_matrix_s_of_the_same_glob(tmp_path, capsys):
+    matrix = tmp_path / "m.yaml"
+    rows = f"{{algorithms: [zeroshot], environments: [{COUNTDOWN}], models: ['{API}']}}"
+    matrix.write_text(f"rows: [{rows}]\nprices: {{'gpt-*': {{read: 0, write: 1}}}}\n")
+    words = ["plan", "--matrix", str(matrix), "--runs", str(tmp_path / "runs"), "--json"]
+    found = []
+    for extra in ([], ["--price", "gpt-*=0,2"]):
+        assert main([*words, *extra]) == 0
+        found.append(json.loads(capsys.readouterr().out)["left"]["usd"])
+    assert found[1] == pytest.approx(2 * found[0]) != 0
+
+
 def test_a_cell_has_spent_the_tokens_of_its_episodes_at_their_price(tmp_path, make_cell):
     job = keep(tmp_path, make_cell("zeroshot", COUNTDOWN, [1, 0], model=API, tokens=1000))
     price = Price(read=2.0, write=10.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pz_agents.sdk.types import Sample, Step, Trajectory
+from pz_bench import data
 from pz_bench.cell import (
     CellSpec,
     cell_id,
@@ -156,10 +157,8 @@ def test_a_line_with_one_key_missing_is_broken():
 
 
 def test_other_questions_and_other_games_are_another_cell(monkeypatch, tmp_path):
-    from pz_bench.cell import _data_identity
-
     def identifier(env):
-        _data_identity.cache_clear()
+        data._looked_for.cache_clear()
         return CellSpec(algorithm="random", env=env).id
 
     monkeypatch.setenv("PZ_DATA", str(tmp_path))
@@ -176,4 +175,105 @@ def test_other_questions_and_other_games_are_another_cell(monkeypatch, tmp_path)
     before = identifier("pz/AIME24-v0")
     questions.write_text("two")
     assert identifier("pz/AIME24-v0") != before
-    _data_identity.cache_clear()
+    data._looked_for.cache_clear()
+
+
+def names_of(env, **env_kwargs):
+    """The data files of a cell, without their hashes."""
+    return sorted(identity(CellSpec(algorithm="random", env=env, env_kwargs=env_kwargs))["data"])
+
+
+@pytest.mark.parametrize(
+    ("env", "key"),
+    [
+        ("pz/Countdown-v0", "source"),
+        ("pz/Sokoban-v0", "source"),
+        ("pz/Math-v0", "path"),
+        ("pz/ALFWorld-v0", "source"),
+        ("pz/TextWorld-v0", "game"),
+        ("pz/WebShop-v0", "source"),
+        ("pz/Detective-v0", "story"),
+    ],
+)
+def test_a_file_that_an_argument_names_is_in_the_id_by_its_content(tmp_path, env, key):
+    path = tmp_path / "mine.jsonl"
+    spec = CellSpec(algorithm="random", env=env, env_kwargs={key: str(path)})
+    ids = [spec.id]
+    for text in ("one", "two", "one"):
+        path.write_text(text)
+        ids.append(spec.id)
+    assert ids[1] == ids[3]
+    assert len(set(ids)) == 3
+
+
+def test_a_folder_that_an_argument_names_is_in_the_id_by_its_files(tmp_path):
+    spec = CellSpec(algorithm="random", env="pz/WebShop-v0", env_kwargs={"source": str(tmp_path)})
+    (tmp_path / "items_shuffle.json").write_text("[]")
+    before = spec.id
+    (tmp_path / "items_ins_v2.json").write_text("{}")
+    imported = spec.id
+    (tmp_path / "header.json").write_text("the header of a shop folder, with hashes")
+    assert len({before, imported, spec.id}) == 3
+
+
+def test_published_files_that_an_argument_asks_for_are_in_the_id(monkeypatch, tmp_path):
+    monkeypatch.setenv("PZ_DATA", str(tmp_path))
+    monkeypatch.setenv("PZ_CACHE", str(tmp_path / "cache"))
+    files = [
+        ("pz/Countdown-v0", {"source": "tasks"}, "countdown/countdown_test1024_UFT.jsonl.gz"),
+        ("pz/Sokoban-v0", {"source": "boxoban"}, "boxoban/unfiltered/test/000.txt"),
+        ("pz/Sokoban-v0", {"source": "boxoban"}, "boxoban/unfiltered_test_001.txt.gz"),
+        ("pz/Math-v0", {"dataset": "gsm8k"}, "math/gsm8k_test.jsonl"),
+        ("pz/WebShop-v0", {"source": "products_1000"}, "webshop/products_1000.jsonl.gz"),
+    ]
+    for env, kwargs, file in files:
+        before = names_of(env, **kwargs)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("content")
+        assert len(names_of(env, **kwargs)) == len(before) + 1, file
+        assert names_of(env) == []
+
+
+def test_what_training_plays_beside_it_is_in_the_id(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("one")
+    values = {"algorithm": "grpo", "env": "pz/Countdown-v0", "model": "tiny"}
+    spec = CellSpec(**values, train={"steps": 3, "env_kwargs": {"source": str(path)}})
+    assert list(identity(spec)["data"]) == ["train train.jsonl"]
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A distribution `house` 1.2 as pip would leave it, whose agent `butler` is in a package."""
+    package = tmp_path / "house_agents"
+    package.mkdir()
+    (package / "__init__.py").write_text("from house_agents.mind import act\n")
+    (package / "mind.py").write_text("def act(observation, info):\n    return 'look'\n")
+    described = tmp_path / "house-1.2.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: house\nVersion: 1.2\n")
+    (described / "entry_points.txt").write_text(
+        "[pz_agents.agents]\nbutler = house_agents:act\nrandom = house_agents:act\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_an_installed_agent_s_code_and_version_are_in_the_id(installed):
+    spec = CellSpec(algorithm="butler", env="pz/Countdown-v0")
+    before = identity(spec)
+    assert before["versions"]["house"] == "1.2"
+    mind = installed / "house_agents" / "mind.py"
+    mind.write_text(mind.read_text().replace("look", "wait"))
+    changed = identity(spec)
+    assert before["agent"] is not None
+    assert changed["agent"] != before["agent"]
+    described = installed / "house-1.2.dist-info"
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: house\nVersion: 1.3\n")
+    assert identity(spec)["versions"]["house"] == "1.3"
+
+
+def test_an_agent_of_ours_has_no_code_in_its_id_whoever_takes_its_name(installed):
+    found = identity(CellSpec(**COUNTDOWN))
+    assert found["agent"] is None
+    assert "house" not in found["versions"]

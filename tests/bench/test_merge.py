@@ -69,6 +69,20 @@ def test_two_that_are_done_and_differ_are_reported_and_ours_stays(two, capsys):
     assert (ours / store.EPISODES).read_bytes() == before
 
 
+def test_what_is_only_there_to_be_looked_at_makes_no_difference(two):
+    one, other = two
+    theirs = store.cell_folder(other, store.cell_folders(one)[0].name)
+    path = theirs / store.EPISODES
+    path.write_text(
+        path.read_text().replace(
+            '"action":', '"admissible_commands":["up"],"notes":{"llm_latency":0.5},"action":'
+        )
+    )
+    store.finish_cell(theirs, "done")
+    found = merge(one, other)
+    assert (found.equal, found.conflicts) == ((theirs.name,), ())
+
+
 def test_a_damaged_store_is_refused_before_anything_is_copied(two):
     one, other = two
     for folder in store.cell_folders(other):

@@ -62,8 +62,9 @@ def board(make_cell):
 
 @pytest.fixture
 def episodes(make_cell):
-    def step(text, command):
+    def step(text, command, commands):
         return {
+            "admissible_commands": commands,
             "observation": f"You see {text}.",
             "action": f"<think>because of {text}</think><action>{command}</action>",
             "reward": 1.0,
@@ -73,13 +74,15 @@ def episodes(make_cell):
             "tokens": 2,
             "pieces": ["take", " it"],
             "log_probs": [-0.1, -3.0],
-            "notes": {"visits": {"take it": 7, "look": 2}},
+            "notes": {"visits": {"look": 2, "take it": 8}, "prior": {"take it": 0.25, "look": 0.5}},
         }
 
     def shown(name, outcome, text):
         cell = make_cell(name, DETECTIVE, [outcome])
         episode = cell.episodes[0]
-        object.__setattr__(episode, "steps", (step(text, "take it"),))
+        first = step(text, "take it", ["look", "take it", "wait"])
+        second = step(f"{text} again", "dance", [[0, 2], "drop it"])
+        object.__setattr__(episode, "steps", (first, second))
         return view.Shown(CellFile(f"{name}-id", cell.spec, {}), (episode,))
 
     return [shown("expert", 1.0, "a lamp"), shown("random", 0.0, "a sword")]
@@ -109,7 +112,7 @@ def test_an_episode_opens_a_second_one_beside_it_and_a_filter_hides(tmp_path, ep
     script = """
     const buttons = () => [...document.querySelectorAll("#list button")];
     const text = () => document.getElementById("panes").innerText;
-    const seen = [];
+    const seen = [document.querySelectorAll("#panes > section").length];
     buttons()[1].click();
     seen.push(text());
     buttons()[0].dispatchEvent(new MouseEvent("click", {bubbles: true, shiftKey: true}));
@@ -118,15 +121,16 @@ def test_an_episode_opens_a_second_one_beside_it_and_a_filter_hides(tmp_path, ep
     filter.value = "no success";
     filter.dispatchEvent(new Event("change"));
     seen.push(buttons().map(button => button.dataset.episode));
-    document.querySelector("#panes details").open = true;
+    document.querySelector("#panes .reasoning").open = true;
     seen.push(text());
     seen.push(performance.getEntriesByType("resource").map(entry => entry.name));
     document.title = JSON.stringify(seen);
     """
-    alone, panes, both, left, opened, asked = noted(
+    at_first, alone, panes, both, left, opened, asked = noted(
         browse(tmp_path, view.to_html(episodes), script)
     )
     assert asked == []
+    assert at_first == 2, "a page made of two episodes shows both"
     assert "a sword" in alone
     assert "a lamp" not in alone
     assert panes == 2
@@ -134,6 +138,33 @@ def test_an_episode_opens_a_second_one_beside_it_and_a_filter_hides(tmp_path, ep
     assert "because of" not in both
     assert left == ["random-id:0"]
     assert "because of" in opened
+
+
+def test_commands_unfold_and_visits_are_bars_with_the_chosen_one_marked(tmp_path, episodes):
+    script = """
+    const turns = [...document.querySelectorAll("#panes .turn")];
+    const texts = (turn, what) => [...turn.querySelectorAll(what)].map((one) => one.textContent);
+    const seen = [turns[0].innerText];
+    turns[0].querySelector("details").open = true;
+    seen.push(turns[0].innerText);
+    for (const turn of turns.slice(0, 2)) {
+      seen.push(texts(turn, "summary")[0], texts(turn, ".commands span"));
+      seen.push(texts(turn, ".commands .chosen"));
+    }
+    seen.push(texts(turns[0], ".visits span"), texts(turns[0], ".visits .chosen"));
+    const bars = [...turns[0].querySelectorAll(".bar")];
+    seen.push(bars.map((bar) => bar.getBoundingClientRect().width));
+    document.title = JSON.stringify(seen);
+    """
+    folded, unfolded, *rest = noted(browse(tmp_path, view.to_html(episodes), script))
+    assert "wait" not in folded
+    assert "wait" in unfolded
+    assert rest[:3] == ["3 admissible commands", ["look", "take it", "wait"], ["take it"]]
+    outside = "3 admissible commands, the action is not among them"
+    assert rest[3:6] == [outside, ["look", "take it", "drop it"], []]
+    assert rest[6] == ["take it", "8", "prior 0.25", "look", "2", "prior 0.50"]
+    assert rest[7] == ["take it"]
+    assert rest[8][0] == pytest.approx(4 * rest[8][1], rel=0.01)
 
 
 @pytest.mark.parametrize("dark", [False, True])

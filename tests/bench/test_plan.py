@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pz_bench import cli, estimate
+from pz_bench import budget, cli, estimate
 from pz_bench.cell import CellSpec
 from pz_bench.matrix import BUILT_IN, expand, load_matrix
 from pz_bench.runner import unavailable
@@ -93,6 +93,32 @@ def test_tokens_follow_from_the_budget():
     assert found.gpus == 8
     twice = estimate.estimate(spec.model_copy(update={"train": {**spec.train, "steps": 10}}))
     assert 1.8 < twice.hours / found.hours < 2.0
+
+
+def test_evaluation_s_tokens_are_told_apart_from_training_s():
+    spec = CellSpec(algorithm="zeroshot", env="pz/Countdown-v0", model="tiny", episodes=10)
+    played = estimate.estimate(spec)
+    assert played.evaluated_sampled_tokens == played.sampled_tokens > 0
+    spec = spec.model_copy(update={"algorithm": "grpo", "train": {"steps": 20}})
+    trained = estimate.estimate(spec)
+    assert trained.sampled_tokens > 10 * trained.evaluated_sampled_tokens > 0
+    # What a limit of a matrix counts is evaluation's.
+    counted = trained.evaluated_prompt_tokens + trained.evaluated_sampled_tokens
+    assert budget.expected(spec, trained, None, 0.0).tokens == counted
+
+
+def test_the_time_of_players_without_a_model_follows_from_what_they_do():
+    def hours(algorithm, **values):
+        spec = CellSpec(algorithm=algorithm, env="pz/Detective-v0", max_turns=30, **values)
+        return estimate.estimate(spec).hours
+
+    quick = {"train": {"preset": "quick", "steps": 20}}
+    assert hours("random") < hours("mcts") / 50
+    assert hours("mcts", agent_kwargs={"simulations": 200}) == pytest.approx(4 * hours("mcts"))
+    assert hours("unizero", **quick) > 20 * hours("random")
+    doubled = {"train": {"preset": "quick", "steps": 40}}
+    assert 1.5 < hours("unizero", **doubled) / hours("unizero", **quick) < 2
+    assert hours("somebody:Agent") is None
 
 
 def test_a_measured_sister_decides_the_time():

@@ -89,8 +89,8 @@ def test_an_aggregate_of_few_seeds_is_provisional():
 def test_a_detectable_difference_is_found_four_times_in_five():
     random = np.random.default_rng(4)
     instances, spread = 60, 0.4
-    low, high = -1.96 * spread / np.sqrt(instances), 1.96 * spread / np.sqrt(instances)
-    true = ranking.detectable_difference(low, high)
+    half = 1.96 * spread / np.sqrt(instances)
+    true = ranking.detectable_difference(stats.Difference(0.0, -half, half, 1.0))
     samples = random.normal(true, spread, (4_000, instances))
     p_values = scipy_stats.ttest_1samp(samples, 0.0, axis=1).pvalue
     assert np.mean(p_values < 0.05) == pytest.approx(0.8, abs=0.03)

@@ -122,7 +122,9 @@ def test_the_command_is_interrupted_on_ray_and_goes_on_without_it(tmp_path, agen
     assert job.state == "done"
     before = result.episodes
     (result,) = store.load(runs)
-    assert result.episodes[: len(before)] == before
+    # Episodes are played several at once: those that were done need not be the first ones.
+    done = {each.episode for each in before}
+    assert [each for each in result.episodes if each.episode in done] == list(before)
     assert len(result.episodes) == 60
 
 

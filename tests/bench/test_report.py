@@ -11,11 +11,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from pz_bench import report
-from pz_bench.report import grouping, html, markdown, plots, tables
+from pz_bench.report import grouping, html, markdown, numbers, plots, tables
 from pz_envs.errors import ConfigError
 
 COUNTDOWN, ZORK, DETECTIVE = "pz/Countdown-v0", "pz/Zork1-v0", "pz/Detective-v0"
@@ -181,7 +182,7 @@ def test_of_two_cells_in_one_place_the_fuller_counts_and_the_other_is_named(make
     assert row_of(board, "random").scores[0].value == 1.0
     assert board.left_out == (
         "random on pz/Countdown-v0, seed 0: done, 2 episodes, "
-        "left out for a fuller cell of the same place",
+        f"left out for {made[1].id}, a cell of the same place that is fuller",
     )
 
 
@@ -260,7 +261,7 @@ def test_json_holds_the_numbers_that_the_table_shows(board):
                 assert cell.sort is None
             else:
                 assert cell.sort == score["value"]
-                assert tables.percent(score["value"]) in cell.text
+                assert numbers.percent(score["value"]) in cell.text
 
 
 def test_what_was_not_run_is_never_shown_as_zero(board):
@@ -328,8 +329,62 @@ def test_p_values_are_corrected_over_the_comparisons_of_a_kind(make_cell):
     found = report.build(made, "small").comparisons
     assert [each.p for each in found] == [0.125, 0.125]
     assert [each.p_holm for each in found] == [0.25, 0.25]
+    assert not any(each.stands_out for each in found)
     assert [each.improvement for each in found] == [0.9, 0.9]
     assert all(each.detectable > 0 for each in found)
+
+
+def difference(make_cell, left, right):
+    """The board and the only comparison of a trained row with its starting model."""
+    made = [
+        make_cell("zeroshot", DETECTIVE, right, model="tiny", most=360),
+        make_cell("grpo", DETECTIVE, left, model="tiny", most=360, train={"steps": 9}),
+    ]
+    board = report.build(made, "small")
+    (found,) = board.comparisons
+    return board, found
+
+
+def test_bold_needs_an_interval_and_a_corrected_p_that_agree(make_cell):
+    board, found = difference(make_cell, [0.5, 0.51, 0.52, 0.53], [0.1, 0.1, 0.1, 0.1])
+    assert found.low > 0  # four instances: the interval excludes 0, p is 1/8
+    assert found.p_holm == 0.125
+    assert not any(cell.strong for row in tables.comparisons(board).rows for cell in row)
+    many = np.linspace(0.5, 0.6, 8)
+    board, found = difference(make_cell, many.tolist(), [0.1] * 8)
+    assert found.stands_out
+    assert tables.comparisons(board).rows[0][3].strong
+
+
+def test_equal_differences_show_a_dash_for_the_interval(make_cell):
+    board, found = difference(make_cell, [0.5] * 4, [0.1] * 4)
+    assert (found.difference, found.low, found.high, found.detectable) == (0.4, None, None, None)
+    (row,) = tables.comparisons(board).rows
+    assert [row[column].text for column in (3, 4, 8)] == ["+40.0", "–", "–"]
+    assert not row[3].strong
+    assert "points [–]" in terminal_text(board)
+
+
+def test_what_always_went_the_same_way_has_a_macro_interval_all_the_same(make_cell):
+    made = [
+        make_cell("expert", env, [1, 1, 1, 1], seed=seed, most=most)
+        for env, most in ((COUNTDOWN, 1), (DETECTIVE, 360))
+        for seed in (0, 1)
+    ]
+    board = report.build(made, "small")
+    macro = row_of(board, "expert").macro
+    # Wilson's 4 of 4 ends at 4 / (4 + 1.96²) = 0.5101; two of them: 1 - 0.4899 / sqrt(2)
+    assert (macro.mean, macro.high) == (1.0, 1.0)
+    assert macro.low == pytest.approx(0.6536, abs=1e-4)
+
+
+def test_the_settings_say_from_which_data_the_tasks_came(make_cell):
+    cell = make_cell("random", "pz/ALFWorld-v0", [1, 0])
+    published = replace(cell, data={"games_valid_seen.tar.xz": "0123456789abcdef"})
+    for one, text in ((published, "games_valid_seen.tar.xz 01234567"), (cell, "generated")):
+        assert tables.settings(report.build([one], "small")).rows[0][-1].text == text
+    countdown = report.build([make_cell("random", COUNTDOWN, [1, 0])], "small")
+    assert tables.settings(countdown).rows[0][-1].text == "–"
 
 
 def test_the_markdown_page_is_the_golden_one(make_cell):
@@ -434,7 +489,7 @@ def test_many_environments_turn_the_terminal_s_table(make_cell):
     made = [make_cell("random", f"pz/{game}-v0", [0.1, 0.2]) for game in games]
     text = terminal_text(report.build(made, "games"), width=60)
     assert re.search(r"Environment\s+random", text)
-    assert len(re.findall(r"15\.0 ± 5\.0", text)) == 7
+    assert len(re.findall(r"15\.0 ± 45\.\d", text)) == 7
 
 
 @pytest.mark.parametrize(
@@ -449,17 +504,21 @@ def test_many_environments_turn_the_terminal_s_table(make_cell):
     ],
 )
 def test_amounts_are_short(number, text):
-    assert tables.amount(number) == text
+    assert numbers.amount(number) == text
 
 
 def test_signs_and_p_values():
-    assert [tables.signed(each) for each in (0.263, -0.05, 0.0, -0.0001)] == [
+    assert [numbers.signed(each) for each in (0.263, -0.05, 0.0, -0.0001)] == [
         "+26.3",
         "−5.0",
         "0.0",
         "0.0",
     ]
-    assert [tables.p_value(each) for each in (0.0001, 0.0624, 1.0)] == ["< 0.001", "0.062", "1.000"]
+    assert [numbers.p_value(each) for each in (0.0001, 0.0624, 1.0)] == [
+        "< 0.001",
+        "0.062",
+        "1.000",
+    ]
 
 
 def test_settings_text_is_ordered_and_plain():

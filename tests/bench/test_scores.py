@@ -61,10 +61,65 @@ def test_a_normalised_score_by_hand(make_cell):
     score = score_of(cells, ZORK)
     assert (score.metric, score.interval) == ("score_norm", "bootstrap")
     assert (score.value, score.success_rate, score.score, score.max_score) == (0.2, 0, 70, 350)
-    low, high = stats.bootstrap_interval([[0.1, 0.3], [0.2, 0.2]], stream=ZORK)
-    # columns are in the order of their env seeds, so only the ends' range is known by hand
-    assert 0.1 <= score.low <= 0.2 <= score.high <= 0.3
-    assert score.high - score.low == pytest.approx(high - low, abs=0.02)
+    low, high = stats.bootstrap_interval(scores.matrix(cells, "score_norm"), stream=ZORK)
+    assert low < 0 < 1 < high
+    assert (score.low, score.high) == (0, 1)  # two instances say little, but shares end there
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_equal_points_have_wilson_s_interval_over_the_instances(make_cell, share):
+    cells = [make_cell("expert", ZORK, [share] * 4, seed=seed, most=350) for seed in range(3)]
+    score = score_of(cells, ZORK)
+    low, high = stats.wilson(4 * share, 4)
+    assert (score.value, score.interval) == (share, "wilson")
+    assert (score.low, score.high) == pytest.approx((low, high), abs=1e-6)
+    assert score.high - score.low > 0.4
+
+
+def elsewhere(cell, data=None):
+    """The cell as another machine would have played it: other tasks behind the same seeds."""
+    episodes = tuple(replace(each, task_id=f"made/{each.episode}") for each in cell.episodes)
+    return replace(cell, episodes=episodes, data=data or {})
+
+
+def test_seeds_that_played_different_tasks_are_not_ranked(make_cell):
+    cells = [make_cell("random", COUNTDOWN, [1, 0], seed=seed) for seed in (0, 1)]
+    score = score_of([cells[0], elsewhere(cells[1])])
+    assert (score.status, score.reason) == (
+        "unranked",
+        "the seeds played different tasks: their data differ",
+    )
+    hashed = [
+        replace(cell, data={"games.tar.xz": digest})
+        for cell, digest in zip(cells, ("ab", "cd"), strict=True)
+    ]
+    assert score_of(hashed).reason.endswith("their data differ (games.tar.xz)")
+    assert score_of(cells).status == "ranked"
+
+
+def test_a_row_on_other_tasks_than_most_of_its_column_is_not_ranked(make_cell):
+    names = ("random", "expert", "a.py:A")
+    rows = [make_cell(name, COUNTDOWN, [1, 0]) for name in names]
+    rows[2] = elsewhere(rows[2])
+    played = scores.played_by_most(rows)
+    row = catalog.find(COUNTDOWN)
+    found = [scores.score([cell], row, COUNTDOWN, [0], played) for cell in rows]
+    assert [score.status for score in found] == ["ranked", "ranked", "unranked"]
+    assert found[2].reason == "played other tasks than the other rows: the data differ"
+    # one against one: the row with files of its own decides
+    two = [elsewhere(rows[0], {"games.tar.xz": "ab"}), rows[1]]
+    assert scores.played_by_most(two)[str(rows[0].episodes[0].env_seed)] == "made/0"
+
+
+def test_instances_that_were_different_tasks_are_not_paired(make_cell):
+    left = make_cell("expert", COUNTDOWN, [1, 1, 1])
+    right = make_cell("random", COUNTDOWN, [0, 0, 1])
+    one = replace(right.episodes[0], task_id="made/0")
+    found = scores.compare([left], [replace(right, episodes=(one, *right.episodes[1:]))], "success")
+    assert (found.instances, found.difference.mean) == (2, 0.5)
+    assert scores.compare([left], [elsewhere(right)], "success") is None
+    data = [replace(cell, data={"t.jsonl": cell.spec.algorithm}) for cell in (left, right)]
+    assert scores.compare([data[0]], [data[1]], "success") is None
 
 
 def test_a_failed_episode_counts_as_zero_in_every_denominator(make_cell):

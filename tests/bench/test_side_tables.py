@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pz_bench import anchors, report
-from pz_bench.report import html, markdown, plots, side_tables, tables
+from pz_bench.report import html, markdown, plots, side_tables, tables, wording
 from pz_envs import catalog
 
 COUNTDOWN, ZORK, DETECTIVE = "pz/Countdown-v0", "pz/Zork1-v0", "pz/Detective-v0"
@@ -45,15 +45,20 @@ def test_every_published_figure_names_an_environment_a_source_and_a_share():
 
 def test_alfworld_s_seen_and_unseen_games_are_columns_of_their_own(make_cell):
     made = [
-        make_cell("random", "pz/ALFWorld-v0", [1, 0], env_kwargs={"split": f"valid_{split}"})
-        for split in ("seen", "unseen")
+        make_cell("random", "pz/ALFWorld-v0", [1, 0], env_kwargs=kwargs)
+        for kwargs in ({}, {"split": "valid_unseen"}, {"split": "train", "task_types": "look"})
     ]
     board = report.build(made, "suite")
     assert [each.short for each in board.environments] == [
-        "ALFWorld (split=valid_seen)",
-        "ALFWorld (split=valid_unseen)",
+        "ALFWorld seen",
+        "ALFWorld (split=train, task_types=look)",
+        "ALFWorld unseen",
     ]
-    assert {each.environment for each in board.published} == {"pz/ALFWorld-v0 (split=valid_unseen)"}
+    unseen = "pz/ALFWorld-v0 (split=valid_unseen)"
+    assert {each.environment for each in board.published} == {unseen}
+    assert f"ALFWorld unseen is {unseen}." in wording.notes(board)
+    alone = [report.build([cell], "suite").environments[0].short for cell in made]
+    assert alone == ["ALFWorld seen", "ALFWorld unseen", "ALFWorld"]
 
 
 def test_webshop_shows_reward_success_and_steps(make_cell):

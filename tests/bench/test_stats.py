@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from pz_bench import stats
 
+FEW = [3, 5, 8, 20, 64]
+"""Instances with which small suites are played."""
+
 
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (1, 1), (3, 10), (127, 128), (50, 384)])
@@ -45,15 +48,18 @@ def test_identical_seeds_are_worth_their_instances_only():
     assert stats.effective_trials(np.repeat(once, 3, axis=0)) == pytest.approx(7.0)
 
 
-def test_equal_outcomes_are_worth_every_trial():
-    assert stats.effective_trials(np.ones((3, 8))) == 24
-    assert stats.effective_trials(np.zeros((3, 8))) == 24
+@pytest.mark.parametrize(("shape", "trials"), [((3, 8), 8), ((1, 8), 8), ((3, 1), 3), ((1, 1), 1)])
+def test_equal_outcomes_are_worth_their_instances_as_seeds_may_be_copies(shape, trials):
+    assert stats.effective_trials(np.ones(shape)) == trials
+    assert stats.effective_trials(np.zeros(shape)) == trials
 
 
 def test_missing_outcomes_are_no_trials():
     outcomes = np.ones((2, 4))
     outcomes[1, 3] = np.nan
-    assert stats.effective_trials(outcomes) == 7
+    assert stats.effective_trials(outcomes) == 4
+    outcomes[0, 3] = np.nan
+    assert stats.effective_trials(outcomes) == 3
 
 
 def test_one_seed_is_the_ordinary_bootstrap_of_scipy():
@@ -151,7 +157,12 @@ def test_pairing_cancels_how_hard_an_instance_is():
 
 def test_a_row_against_itself_differs_by_nothing():
     values = np.random.default_rng(0).random((1, 30))
-    assert stats.paired_difference(values, values) == (0.0, 0.0, 0.0, 1.0)
+    assert stats.paired_difference(values, values) == (0.0, None, None, 1.0)
+
+
+def test_equal_differences_have_no_interval_but_a_p():
+    left, right = np.full((1, 4), 0.3), np.array([[0.1, 0.1, 0.1, 0.1]])
+    assert stats.paired_difference(left, right) == (pytest.approx(0.2), None, None, 0.125)
 
 
 @pytest.mark.parametrize("right", [np.ones((2, 3)), np.full((2, 4), np.nan)])
@@ -183,6 +194,66 @@ def test_macro_interval_adds_the_environments_variances():
 def test_stacked_rows_follow_the_instances_not_the_order():
     stacked = stats.stack([{7: 0.7, 2: 0.2}, {2: 0.3, 9: 0.9}])
     np.testing.assert_array_equal(stacked, [[0.2, 0.7, np.nan], [0.3, np.nan, 0.9]])
+
+
+def test_replicates_are_stretched_by_what_student_adds_to_the_normal():
+    values = np.array([[0.0, 1.0, 5.0]])
+    plain, stretched = stats.bootstrap_means(values), stats.stretched_means(values)
+    # t(2) at .975 is 4.302653, z is 1.959964: (3/2)^.5 * 4.302653 / 1.959964 = 2.688647
+    np.testing.assert_allclose(stretched - 2, 2.688647 * (plain - 2), rtol=1e-5)
+
+
+def test_combined_intervals_add_in_squares():
+    parts = [(0.5, 0.4, stats.Interval(0.1, 0.8)), (0.5, 0.6, stats.Interval(0.2, 0.9))]
+    low, high = stats.combined_interval(parts)
+    assert low == pytest.approx(0.5 - 0.5 * np.hypot(0.3, 0.4))
+    assert high == pytest.approx(0.5 + 0.5 * np.hypot(0.4, 0.3))
+    alone = stats.Interval(0.1, 0.8)
+    assert stats.combined_interval([(1.0, 0.4, alone)]) == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("instances", FEW)
+def test_wilson_covers_the_truth_when_seeds_agree(instances):
+    # Exact: the chance of each count of successes, over an even grid of true rates.
+    rates = np.linspace(0.0005, 0.9995, 1000)
+    covered = np.zeros(1000)
+    for successes in range(instances + 1):
+        outcomes = np.repeat([np.arange(instances) < successes], 3, axis=0).astype(float)
+        trials = stats.effective_trials(outcomes)
+        low, high = stats.wilson(outcomes.mean() * trials, trials)
+        chance = scipy.stats.binom.pmf(successes, instances, rates)
+        covered += chance * ((low <= rates) & (rates <= high))
+    assert 0.94 <= covered.mean() <= 0.97
+
+
+@pytest.mark.parametrize("instances", FEW)
+def test_bootstrap_intervals_of_few_instances_cover_the_truth(instances):
+    random = np.random.default_rng(19)
+    hits = 0
+    for trial in range(500):
+        values = np.repeat(random.normal(0, 0.3, (1, instances)), 3, axis=0)
+        low, high = stats.bootstrap_interval(values, stream=str(trial % 4), resamples=1000)
+        hits += low <= 0 <= high
+    assert 0.91 <= hits / 500 <= 0.98
+
+
+def test_the_interval_of_a_macro_mean_covers_the_truth():
+    # Four environments of 5 instances: two of successes, one of points, one always solved.
+    random = np.random.default_rng(23)
+    truth = (0.8 + 0.5 + 0.4 + 1.0) / 4
+    hits = 0
+    for _ in range(500):
+        parts = []
+        for rate in (0.8, 0.5, 1.0):
+            outcomes = (random.random((3, 5)) < rate).astype(float)
+            trials = stats.effective_trials(outcomes)
+            mean = float(outcomes.mean())
+            parts.append((0.25, mean, stats.wilson(mean * trials, trials)))
+        points = np.repeat(random.normal(0.4, 0.1, (1, 5)), 3, axis=0)
+        ends = stats.bootstrap_interval(points, resamples=500)
+        low, high = stats.combined_interval([*parts, (0.25, float(points.mean()), ends)])
+        hits += low <= truth <= high
+    assert 0.94 <= hits / 500 <= 1
 
 
 COVERED = [(1, 40, 0.0), (3, 40, 0.05), (3, 128, 0.03), (5, 128, 0.05), (10, 64, 0.1)]
@@ -282,5 +353,5 @@ def test_one_instance_is_the_welch_interval_over_seeds_of_scipy():
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
 
-def test_one_value_a_side_has_a_difference_without_width():
-    assert stats.paired_difference([[0.5]], [[0.25]])[:3] == (0.25, 0.25, 0.25)
+def test_one_value_a_side_has_a_difference_without_an_interval():
+    assert stats.paired_difference([[0.5]], [[0.25]])[:3] == (0.25, None, None)

@@ -38,7 +38,7 @@ def episode(number, **changes):
         status="ok",
         error=None,
         seconds=0.1,
-        steps=({"observation": "o", "action": "a"},),
+        steps=({"observation": "o", "action": "a", "score": 0.5},),
     )
     return replace(values, **changes)
 
@@ -59,6 +59,23 @@ def test_what_is_stored_is_loaded_in_order(tmp_path):
     assert (result.id, result.spec, result.status) == (folder.name, SPEC, "done")
     assert result.episodes == tuple(episode(number) for number in range(3))
     assert result.versions["pz-envs"]
+    assert store.verify(tmp_path) == []
+
+
+def test_the_code_that_measures_a_cell_is_recorded_and_a_cell_without_it_is_read(tmp_path):
+    folder = finished(tmp_path)
+    path = folder / store.CELL
+    values = json.loads(path.read_text())
+    del values["code"]
+    path.write_text(json.dumps(values))
+    assert store.read_cell(folder).code == ()
+    store.begin_cell(folder)
+    store.begin_cell(folder)
+    (code,) = store.read_cell(folder).code
+    assert len(code) == 16
+    store.write_cell(folder, replace(store.read_cell(folder), code=("older",)))
+    store.begin_cell(folder)
+    assert store.finish_cell(folder, "done").code == ("older", code)
     assert store.verify(tmp_path) == []
 
 
@@ -174,6 +191,10 @@ def test_a_suite_lists_cells_that_were_run_not_begun_and_not_run(tmp_path):
     results = store.load_suite(tmp_path, "starter")
     assert [result.status for result in results] == ["not_run", "partial", "done"]
     assert (results[0].reason, results[0].command) == ("No story.", "pz-envs data get x")
+    whole = store.read_result(tmp_path / results[2].id).episodes
+    assert results[2].episodes == tuple(
+        replace(each, steps=({"score": 0.5},), final_observation="") for each in whole
+    )
     assert store.read_suite(tmp_path, "starter") == Suite("starter", "Starter", cells)
 
 

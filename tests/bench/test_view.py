@@ -16,16 +16,17 @@ from pz_bench import store, view
 from pz_bench.cli import main
 from pz_envs.errors import ConfigError
 
+COMMANDS = ("down", "up", "wait", "north", "south", "east", "west", "look")
 NASTY = "look </script><script>alert(1)</script> & \u2028"
 
 
-def trajectory(number, *, success, action=NASTY, notes=None):
+def trajectory(number, *, success, action=NASTY, notes=None, commands=None):
     sample = Sample(
         prompt_ids=np.array([1, 2], np.int32),
         token_ids=np.array([104, 105], np.int32),
         log_probs=np.array([-0.5, -np.inf], np.float32),
     )
-    step = Step("A room.", action, 1.0, 1.0, True, False, sample, notes or {})
+    step = Step("A room.", action, 1.0, 1.0, True, False, sample, notes or {}, commands)
     return Trajectory(
         key=str(number),
         env_id="pz/Countdown-v0",
@@ -51,8 +52,8 @@ def runs(tmp_path):
     folder = store.create_cell(tmp_path, spec, cells.identity(spec))
     log = store.EpisodeLog(folder)
     thought = "<think>up is best</think><action>up</action>"
-    visits = {"visits": {"up": 6, "down": 2}}
-    first = trajectory(0, success=True, action=thought, notes=visits)
+    visits = {"visits": {"down": 2, "up": 6, "wait": 0}, "prior": {"up": 0.25, "down": 0.5}}
+    first = trajectory(0, success=True, action=thought, notes=visits, commands=COMMANDS)
     log.append(cells.record(0, first, lambda ids: chr(int(ids[0]))))
     log.append(cells.record(1, trajectory(1, success=False)))
     log.close()
@@ -92,8 +93,32 @@ def test_a_wrong_reference_is_explained(runs, reference, message):
 
 def test_a_turn_shows_reasoning_action_tokens_and_visits(runs):
     text = text_of(view.turn_by_turn(view.find(runs, f"{identifier(runs)}:0")))
-    for part in ("A room.", "thinks: up is best", "> up", "hi", "visits: up 6, down 2", "The end."):
+    for part in (
+        "A room.",
+        "thinks: up is best",
+        "> up   reward +1, score 1, 2 tokens",
+        "hi",
+        "The end.",
+    ):
         assert part in text
+    chosen, other = (line for line in text.splitlines() if "prior" in line)
+    assert re.fullmatch(r"  ▸ up   (█+) 6 prior 0.25 *", chosen)
+    assert re.fullmatch(r"    down █+ +2 prior 0.50 *", other)
+    assert chosen.count("█") == 3 * other.count("█")
+
+
+def test_commands_are_folded_until_they_are_asked_for(runs):
+    shown = view.find(runs, f"{identifier(runs)}:0")
+    folded, full = text_of(view.turn_by_turn(shown)), text_of(view.turn_by_turn(shown, full=True))
+    assert "8 commands: down · up · wait · north · south · east … and 2 more" in folded
+    assert "8 commands: down · up · wait · north · south · east · west · look" in full
+    assert "commands:" not in text_of(view.turn_by_turn(view.find(runs, f"{identifier(runs)}:1")))
+
+
+def test_json_has_every_turn_with_its_commands_in_full(runs):
+    episodes = json.loads(view.to_json(view.find(runs, identifier(runs))))["episodes"]
+    lists = [step["admissible_commands"] for each in episodes for step in each["steps"]]
+    assert lists == [list(COMMANDS), None]
 
 
 def test_tokens_are_kept_with_their_log_probs_and_minus_infinity_is_unknown(runs):
@@ -117,6 +142,8 @@ def test_the_command_shows_lists_compares_and_writes(runs, tmp_path, capsys):
     there = ["--runs", str(runs)]
     assert main(["view", cell, *there]) == 0
     assert "task/1" in capsys.readouterr().out
+    assert main(["view", f"{cell}:0", *there, "--full"]) == 0
+    assert "look" in capsys.readouterr().out
     assert main(["view", f"{cell}:0", f"{cell}:1", *there]) == 0
     assert capsys.readouterr().out.count("The end.") == 2
     assert main(["view", cell, "--json", *there]) == 0
