@@ -18,11 +18,12 @@ from pz_agents.search.priors import (
     PriorSettings,
     add_noise,
     mix_prior,
+    root_notes,
     root_statistics,
     softmax,
     visit_policy,
 )
-from pz_agents.search.simulator import SimulatorModel
+from pz_agents.search.simulator import SimulatorModel, State
 
 __all__ = [
     "Expansion",
@@ -35,8 +36,10 @@ __all__ = [
     "SearchResult",
     "SearchSettings",
     "SimulatorModel",
+    "State",
     "add_noise",
     "mix_prior",
+    "root_notes",
     "root_statistics",
     "softmax",
     "visit_policy",

@@ -94,7 +94,8 @@ class Expansion(NamedTuple):
     discount: [M] of the leaf's value; 0 where the episode ended.
     value: [M] of the leaf.
     logits: [sum of counts] policy logits, finite, the leaves' lists one after another.
-    counts: [M] how many actions each leaf has; 0 where nothing follows or is known.
+    counts: [M] how many actions each leaf has; 0 where nothing follows or is known; -1 likewise,
+        and by PUCT (both rules) no descent comes here again.
     """
 
     reward: Floats
@@ -110,8 +111,11 @@ _NOTHING = Expansion(np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0), np.zero
 class SearchModel(Protocol):
     """What can be searched over."""
 
-    def step(self, leaves: Leaves) -> Expansion:
-        """Take each leaf's action in its parent; remember what is needed under its handle."""
+    def step(self, leaves: Leaves) -> Expansion | None:
+        """Take each leaf's action in its parent; remember what is needed under its handle.
+
+        None ends the search without these leaves.
+        """
         ...
 
 
@@ -214,14 +218,17 @@ class Planner:
             used = needed
             if not descend:
                 break
-            done += 1
             said = _NOTHING
             if found > 0:
-                said = model.step(Leaves(*leaves[:, :found]))
+                answer = model.step(Leaves(*leaves[:, :found]))
+                if answer is None:
+                    break
+                said = answer
                 if not len(said.reward) == len(said.discount) == len(said.value) == found:
                     raise _broken_answer(kernels.MISMATCH, said, found)
                 if len(said.counts) != found:
                     raise _broken_answer(kernels.MISMATCH, said, found)
+            done += 1
         return self._conclude(roots, perturbed, done)
 
     def _prepare(self, roots: Roots, generators: Sequence[np.random.Generator] | None) -> Floats:

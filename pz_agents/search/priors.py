@@ -7,6 +7,7 @@ bit. Inside the tree the world model's policy stays alone. All functions are of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -129,6 +130,17 @@ def root_statistics(prior: Floats, visits: Floats) -> dict[str, float]:
         "visit_entropy": entropy(policy),
         "agreement": float(visits[int(np.argmax(prior))] == visits.max()),
         "overlap": float(np.minimum(prior, policy).sum()),
+    }
+
+
+def root_notes(
+    commands: Sequence[str], visits: Floats, prior: Floats
+) -> dict[str, dict[str, float]]:
+    """Return what a viewer shows of a root: ``visits`` and ``prior`` of each visited command."""
+    tried = [place for place in range(len(commands)) if visits[place] > 0]
+    return {
+        "visits": {commands[place]: int(visits[place]) for place in tried},
+        "prior": {commands[place]: round(float(prior[place]), 4) for place in tried},
     }
 
 

@@ -1,15 +1,16 @@
-"""The true simulator as a search model: snapshots of live environments in place of predictions.
+"""The true simulator as a search model: snapshots of a live environment in place of predictions.
 
-Every node keeps its own snapshot, so a step is restore, step, snapshot; states that coincide are
-not merged. The reward is the gain in score, which every family reports, whatever its own reward is.
-An environment is left wherever the last step took it: whoever lends it restores it.
+What a step led to is remembered and never taken again, neither in this search nor, where the next
+one begins at a state found by this one, in that. A state that reads like one on a path as short
+(the same text and score) is closed: circles and idle commands take up no steps. The reward is the
+gain in score, which every family reports, whatever its own reward is. An environment is left
+wherever the last step took it: whoever lends it restores it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -17,126 +18,155 @@ from pz_agents.errors import AgentError
 from pz_agents.search.planner import Expansion, Leaves, Roots
 from pz_envs.textenv import Info, TextEnv
 
-Estimate = Literal["zero", "rollout"]
+NOVELTY = 0.01
+"""The worth of a state that is not closed, far below any gain in score: it leads on where nothing
+that is known scores, and away from endings and circles, which are worth 0."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _State:
-    """A node: how to come back to it, and what can be done there."""
+@dataclass(slots=True, eq=False)
+class State:
+    """A state that the simulator was in, and what its commands are known to lead to.
+
+    saved: the snapshot; empty where the episode ended.
+    reading: what it reads like, its text and score.
+    commands: none where the episode ended.
+    reward: of the step that led to it.
+    worth: the greatest of ``gains``; what happened comes again, since an environment that
+        snapshots repeats itself exactly.
+    following: what was found by playing a command, by its place in ``commands``.
+    """
 
     saved: bytes
+    reading: tuple[str, float]
     commands: tuple[str, ...]
-    score: float
-    depth: int
+    ended: bool = False
+    reward: float = 0.0
+    worth: float = 0.0
+    following: dict[int, Self] = field(default_factory=dict)
+
+    def gains(self, discount: float) -> list[float]:
+        """Return, a command, the best discounted gain in score known behind it; 0 if unknown."""
+        known = (self.following.get(action) for action in range(len(self.commands)))
+        return [0.0 if each is None else each.reward + discount * each.worth for each in known]
 
 
 class SimulatorModel:
-    """Environments that can snapshot, one a root, as a ``SearchModel``.
+    """An environment that can snapshot, as a ``SearchModel`` of one tree.
 
     Args:
-        envs: each at the state its tree begins from.
-        nodes_per_tree: the planner's.
-        generators: one an environment, for rollouts and random candidates.
+        env: at the state where the tree begins, unless ``root`` is given.
+        generator: for random candidates.
+        steps: of the simulator, after which the search is over; None for as many as it takes.
         discount: a step's.
-        depth: longest path of commands below a root; deeper nodes have no actions.
-        estimate: a leaf's value: ``zero``, or the discounted score gain of one random ``rollout``.
-        rollout_steps: longest rollout.
+        depth: longest path of commands below the root; deeper states are closed.
         candidates: how many random actions stand for the list of commands in families without one
             (Countdown's expressions); equal ones count once.
+        root: where to begin, with what is known of it.
 
     Raises:
-        AgentError: an environment cannot snapshot.
+        AgentError: the environment cannot snapshot.
     """
 
     def __init__(
         self,
-        envs: Sequence[TextEnv],
+        env: TextEnv,
+        generator: np.random.Generator,
         *,
-        nodes_per_tree: int,
-        generators: Sequence[np.random.Generator],
+        steps: int | None = None,
         discount: float = 0.99,
         depth: int = 20,
-        estimate: Estimate = "zero",
-        rollout_steps: int = 8,
         candidates: int = 32,
+        root: State | None = None,
     ) -> None:
-        for env in envs:
-            if not env.can_snapshot:
-                raise AgentError(
-                    f"{env.family} cannot snapshot, so its true simulator cannot be searched; "
-                    "choose an environment that can, or a search over a world model"
-                )
-        self._envs = envs
-        self._generators = generators
+        if not env.can_snapshot:
+            raise AgentError(
+                f"{env.family} cannot snapshot, so its true simulator cannot be searched; "
+                "choose an environment that can, or a search over a world model"
+            )
+        self._env = env
+        self._generator = generator
+        self._steps = steps
         self._discount = discount
         self._depth = depth
-        self._rollout_steps = rollout_steps if estimate == "rollout" else 0
         self._candidates = candidates
-        self._states: dict[int, _State] = {}
-        for tree, env in enumerate(envs):
+        if root is None:
             saved = env.snapshot()
-            _, info = env.restore(saved)
-            self._states[tree * nodes_per_tree] = self._state(tree, saved, info, depth=0)
-        self._per_tree = nodes_per_tree
-
-    def commands(self, node: int) -> tuple[str, ...]:
-        """Return a node's commands, in the order of its actions."""
-        return self._states[node].commands
+            text, info = env.restore(saved)
+            root = State(saved, (text, float(info["score"])), self._commands(info))
+        self.root = root
+        self.taken = 0
+        """Steps of the simulator so far."""
+        self._states = {0: root}
+        self._above = {0: 0}
+        self._depths = {0: 0}
+        self._read = {root.reading: 0}
 
     def roots(self) -> Roots:
-        """Return the roots, with uniform priors and value 0 or a rollout's."""
-        values = [self._value(tree, tree * self._per_tree) for tree in range(len(self._envs))]
-        sizes = [len(self.commands(tree * self._per_tree)) for tree in range(len(self._envs))]
-        return Roots.join([np.full(size, 1.0 / max(size, 1)) for size in sizes], values)
+        """Return the root, with a uniform prior and what it is known to be worth."""
+        count = len(self.root.commands)
+        return Roots.join([np.full(count, 1.0 / max(count, 1))], [self.root.worth])
 
-    def step(self, leaves: Leaves) -> Expansion:
-        """Play each leaf's command from its parent's snapshot."""
-        rewards, discounts, values, counts = (np.zeros(len(leaves.tree)) for _ in range(4))
-        handles = zip(*(column.tolist() for column in leaves), strict=True)
-        for number, (tree, parent, action, node) in enumerate(handles):
-            env, before = self._envs[tree], self._states[parent]
-            env.restore(before.saved)
-            _, _, terminated, _, info = env.step(_reply(env, before.commands[action]))
-            rewards[number] = float(info["score"]) - before.score
-            if terminated:
-                continue
-            discounts[number] = self._discount
-            state = self._state(tree, env.snapshot(), info, before.depth + 1)
-            self._states[node] = state
-            values[number] = self._value(tree, node)
-            counts[number] = len(state.commands)
-        sizes = counts.astype(np.int64)
-        return Expansion(rewards, discounts, values, np.zeros(int(sizes.sum())), sizes)
+    def step(self, leaves: Leaves) -> Expansion | None:
+        """Say where a command leads, by playing it if that is not known; None when steps are up."""
+        _, parent, action, node = (int(column[0]) for column in leaves)
+        before = self._states[parent]
+        found = before.following.get(action)
+        if found is None:
+            if self.taken == self._steps:
+                return None
+            found = self._play(before, action)
+            before.following[action] = found
+        self._states[node], self._above[node] = found, parent
+        self._depths[node] = self._depths[parent] + 1
+        self._appraise(node)
+        count, value = -1, 0.0
+        if self._leads_on(node):
+            count, value = len(found.commands), NOVELTY + found.worth
+        return Expansion(
+            np.array([found.reward]),
+            np.array([0.0 if found.ended else self._discount]),
+            np.array([value]),
+            np.zeros(max(count, 0)),
+            np.array([count]),
+        )
 
-    def _state(self, tree: int, saved: bytes, info: Info, depth: int) -> _State:
-        commands = self._commands(tree, info) if depth < self._depth else ()
-        return _State(saved, commands, float(info["score"]), depth)
+    def _play(self, before: State, action: int) -> State:
+        env = self._env
+        env.restore(before.saved)
+        text, _, ended, _, info = env.step(_reply(env, before.commands[action]))
+        self.taken += 1
+        score = float(info["score"])
+        gain = score - before.reading[1]
+        if ended:
+            return State(b"", (text, score), (), ended, gain)
+        return State(env.snapshot(), (text, score), self._commands(info), ended, gain)
 
-    def _commands(self, tree: int, info: Info) -> tuple[str, ...]:
+    def _appraise(self, node: int) -> None:
+        """Let the states above a new one know what it changes in their worth."""
+        while node:
+            node = self._above[node]
+            state = self._states[node]
+            worth = max(state.gains(self._discount))
+            if worth == state.worth:
+                break
+            state.worth = worth
+
+    def _leads_on(self, node: int) -> bool:
+        """Whether to search below a state: one with commands, read on no path as short."""
+        state, depth = self._states[node], self._depths[node]
+        if not state.commands or depth >= self._depth:
+            return False
+        if self._read.get(state.reading, depth + 1) <= depth:
+            return False
+        self._read[state.reading] = depth
+        return True
+
+    def _commands(self, info: Info) -> tuple[str, ...]:
         listed = info["admissible_commands"]
         if listed is not None:
             return tuple(listed)
-        env, rng = self._envs[tree], self._generators[tree]
-        drawn = [env.random_action(rng) for _ in range(self._candidates)]
+        drawn = [self._env.random_action(self._generator) for _ in range(self._candidates)]
         return tuple(dict.fromkeys(command for command in drawn if command is not None))
-
-    def _value(self, tree: int, node: int) -> float:
-        """Return the discounted score gain of one random rollout from where the env is now."""
-        state, env, rng = self._states[node], self._envs[tree], self._generators[tree]
-        if self._rollout_steps == 0:
-            return 0.0
-        env.restore(state.saved)
-        value, weight, score = 0.0, 1.0, state.score
-        commands = state.commands
-        for _ in range(min(self._rollout_steps, self._depth - state.depth)):
-            if not commands:
-                break
-            command = commands[int(rng.integers(len(commands)))]
-            _, _, terminated, _, info = env.step(_reply(env, command))
-            value += weight * (float(info["score"]) - score)
-            weight, score = weight * self._discount, float(info["score"])
-            commands = () if terminated else self._commands(tree, info)
-        return value
 
 
 def _reply(env: TextEnv, command: str) -> str:

@@ -2,8 +2,9 @@
 
 A tree's nodes lie in ``nodes_per_tree`` slots, its root first; the edges of all nodes lie one after
 another in growing pool, so that no node has a limit on its actions. A node without actions is a
-leaf for ever: passing it again backs its value up again. All kernels stay in this one file, because
-numba's cache on disk knows of changes in a kernel's own file only. Compiled at the first call.
+leaf for ever: passing it again backs its value up again, unless the model closed it. All kernels
+stay in this one file, because numba's cache on disk knows of changes in a kernel's own file only.
+Compiled at the first call.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ NODE = np.dtype(
         ("parent", np.int64),  # -1 for a root
         ("action", np.int64),  # the parent's action that leads to it
         ("seen", np.int64),  # how many of its actions were visited
+        ("closed", np.int64),  # how many of its actions lead to closed nodes only
         ("is_open", np.int64),  # its edges are in order (1), or only logits are there (0)
         ("reward", np.float64),
         ("discount", np.float64),
@@ -242,6 +244,19 @@ def _back_up(nodes: Records, tree: np.void, at: int, pool: Floats, value: float)
 
 
 @_compiled
+def _close(nodes: Records, at: int, pool: Floats) -> None:
+    """Keep PUCT from a node, and from those above that have no other actions left."""
+    node = nodes[at]
+    while node["parent"] >= 0:
+        parent = nodes[node["parent"]]
+        _of(parent, pool, SHARE)[node["action"]] = -math.inf
+        parent["closed"] += 1
+        if parent["closed"] < parent["count"]:
+            break
+        node = parent
+
+
+@_compiled
 def plant(
     nodes: Records,
     trees: Records,
@@ -258,7 +273,7 @@ def plant(
         tree, root = trees[number], nodes[number * per_tree]
         tree["size"], tree["low"], tree["high"] = 1, values[number], values[number]
         root["edges"], root["count"], root["parent"], root["action"] = used, counts[number], -1, -1
-        root["seen"], root["is_open"], root["q_sum"] = 0, 1, 0.0
+        root["seen"], root["closed"], root["is_open"], root["q_sum"] = 0, 0, 1, 0.0
         root["reward"], root["discount"], root["value"] = 0.0, 1.0, values[number]
         root["visits"], root["value_sum"] = 1.0, values[number]
         _of(root, pool, PRIOR)[:] = prior[used : used + counts[number]]
@@ -291,8 +306,8 @@ def _attach(
     """
     total = 0
     for number in range(len(counts)):
-        total += counts[number]
-        if counts[number] < 0:
+        total += max(counts[number], 0)
+        if counts[number] < -1:
             return MISMATCH
     if total != len(logits):
         return MISMATCH
@@ -300,18 +315,20 @@ def _attach(
     for number in range(len(counts)):
         at = leaves[number]
         node = nodes[at]
-        node["edges"], node["count"] = used, counts[number]
+        node["edges"], node["count"] = used, max(counts[number], 0)
         node["reward"], node["discount"] = reward[number], discount[number]
         node["value"], node["visits"], node["value_sum"] = value[number], 0.0, 0.0
-        node["seen"], node["is_open"], node["q_sum"] = 0, 0, 0.0
+        node["seen"], node["closed"], node["is_open"], node["q_sum"] = 0, 0, 0, 0.0
         if not math.isfinite(reward[number] + discount[number] + value[number]):
             return -1 - number
         prior = _of(node, pool, PRIOR)
         for action in range(len(prior)):
             prior[action] = logits[taken + action]
-        taken += counts[number]
-        used += counts[number]
+        taken += node["count"]
+        used += node["count"]
         _back_up(nodes, trees[at // per_tree], at, pool, value[number])
+        if counts[number] < 0:
+            _close(nodes, at, pool)
     return 0
 
 
@@ -365,7 +382,7 @@ def advance(
     for number in range(n_trees):
         at = number * per_tree
         tree = trees[number]
-        if nodes[at]["count"] == 0:
+        if nodes[at]["closed"] == nodes[at]["count"]:
             continue
         while nodes[at]["count"] > 0:
             node = nodes[at]

@@ -377,6 +377,41 @@ def test_a_terminal_step_is_not_asked_about_twice():
     assert result.chosen[0] == 0
 
 
+class Ladder:
+    """Each rung leads up or to one of two dead ends, which the model closes; stops when asked."""
+
+    def __init__(self, rungs, stop=10**9):
+        self.rungs, self.stop, self.asked, self.height = rungs, stop, [], {0: 0}
+
+    def step(self, leaves):
+        if len(self.asked) == self.stop:
+            return None
+        parent, action, node = (int(column[0]) for column in leaves[1:])
+        self.asked.append((parent, action))
+        self.height[node] = self.height[parent] + 1
+        count = 3 if action == 0 and self.height[node] < self.rungs else -1
+        one = np.ones(1)
+        return Expansion(
+            (action == 0) * one, one, 0 * one, np.zeros(max(count, 0)), np.array([count])
+        )
+
+
+@pytest.mark.parametrize("rule", ["puct", "lightzero"])
+def test_closed_nodes_are_visited_once_and_an_exhausted_tree_no_more(rule):
+    planner, model = Planner(simple(simulations=400, rule=rule)), Ladder(6)
+    roots = Roots.join([np.full(3, 1 / 3)], [0.0])
+    result = planner.search(roots, model, [generator(rule)])
+    assert len(model.asked) == len(set(model.asked)) == 6 * 3
+    assert result.visits.tolist() == [16.0, 1.0, 1.0]
+    assert result.chosen[0] == 0
+
+
+def test_a_model_can_end_the_search():
+    planner, model = Planner(simple(simulations=400)), Ladder(6, stop=7)
+    result = planner.search(Roots.join([np.full(3, 1 / 3)], [0.0]), model)
+    assert result.simulations == result.visits.sum() == 7
+
+
 def test_lists_longer_than_any_seen_before_make_the_pools_grow():
     planner = Planner(simple(simulations=5))
     for count in (3, 5000, 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -166,23 +167,22 @@ def test_statistics_of_a_root_are_what_their_names_say():
     assert root_statistics(np.zeros(0), np.zeros(0)) == {}
 
 
-def simulator(planner, env, **kwargs):
-    return SimulatorModel(
-        [env], nodes_per_tree=planner.nodes_per_tree, generators=[generator("s")], **kwargs
-    )
+def searched(env, simulations, **kwargs):
+    """Search from where ``env`` is; return the model and the result."""
+    model = SimulatorModel(env, generator("s"), **kwargs)
+    return model, Planner(SearchSettings(simulations=simulations)).search(model.roots(), model)
 
 
 def test_the_simulator_finds_the_way_to_the_score_and_its_value():
     env = Corridor()
     env.reset(seed=0)
-    planner = Planner(SearchSettings(simulations=400))
-    model = simulator(planner, env, discount=0.5)
-    result = planner.search(model.roots(), model)
-    assert model.commands(0) == ("left", "right")
+    model, result = searched(env, 400, discount=0.5)
+    assert model.root.commands == ("left", "right")
     assert result.chosen[0] == 1
-    # right, take key, right, open door: 0.5 * 1 + 0.5 ** 3 * 3, approached from below.
-    assert 0.5 < result.q[1] < 0.875
-    assert result.q[0] < result.q[1]
+    # right, take key, right, open door.
+    assert model.root.worth == 0.5 * 1.0 + 0.5**3 * 3.0
+    assert model.root.gains(0.5)[1] == model.root.worth
+    assert result.q[0] < result.q[1] < 0.875
 
 
 def test_the_simulators_rewards_are_gains_in_score_and_endings_have_no_future():
@@ -190,51 +190,130 @@ def test_the_simulators_rewards_are_gains_in_score_and_endings_have_no_future():
     env.reset(seed=0)
     for command in ("right", "take key", "right"):
         env.step(command)
-    planner = Planner(SearchSettings(simulations=60))
-    model = simulator(planner, env, discount=1.0)
-    result = planner.search(model.roots(), model)
-    q = dict(zip(model.commands(0), result.q.tolist(), strict=True))
+    model, result = searched(env, 60, discount=1.0)
+    q = dict(zip(model.root.commands, result.q.tolist(), strict=True))
     assert q["open door"] == 3.0
-    assert q["jump"] == 0.0
-    assert q["skate"] == 0.0
-    assert model.commands(0)[result.chosen[0]] == "open door"
+    assert q["jump"] == q["skate"] == q["right"] == 0.0
+    assert model.root.worth == 3.0
+
+
+def test_circles_are_closed_and_no_step_is_taken_twice():
+    env = Corridor()
+    env.reset(seed=0)
+    model, result = searched(env, 5_000)
+    # A dozen readings, no more than eight commands each.
+    assert model.taken < 60
+    assert result.visits.sum() == model.taken
+    known, again = model.root, SimulatorModel(env, generator("s"), root=model.root)
+    planner = Planner(SearchSettings(simulations=5_000))
+    repeated = planner.search(again.roots(), again)
+    assert again.root is known
+    assert again.taken == 0
+    assert repeated.visits.sum() == result.visits.sum()
+
+
+def test_steps_bound_the_search_and_not_what_is_known():
+    env = Corridor()
+    env.reset(seed=0)
+    model, result = searched(env, 100, steps=7)
+    assert model.taken == result.visits.sum() == 7
+    env.restore(model.root.saved)
+    again = SimulatorModel(env, generator("s"), steps=7, root=model.root)
+    result = Planner(SearchSettings(simulations=100)).search(again.roots(), again)
+    assert again.taken == 7
+    assert 7 < result.visits.sum() <= 14
+
+
+def test_where_nothing_scores_new_texts_lead_on_and_not_into_the_pit():
+    env = Corridor()
+    env.reset(seed=0)
+    for command in ("right", "right"):
+        env.step(command)
+    model, result = searched(env, 60, depth=2)
+    q = dict(zip(model.root.commands, result.q.tolist(), strict=True))
+    assert q["left"] > q["jump"] == q["right"] == 0.0
+
+
+class Cave(TextEnv):
+    """Waiting costs nothing; inside is dark, and whatever is done there loses a point and ends."""
+
+    family: ClassVar[str] = "cave"
+    can_snapshot: ClassVar[bool] = True
+
+    def _start(self, seed: int, options: Mapping[str, Any]) -> Outcome:
+        self._task_id, self._instruction, self._place = "cave", "Wait.", "A hill. "
+        return Outcome(self._place, 0.0, admissible_commands=("in", "wait"))
+
+    def _advance(self, command: str) -> Outcome:
+        if self._place == "Dark.":
+            return Outcome("A grue eats you.", -1.0, terminated=True)
+        self._place = "Dark." if command == "in" else self._place + "Birds sing. "
+        return Outcome(self._place, 0.0, admissible_commands=("in", "wait"))
+
+    def _save(self) -> bytes:
+        return self._place.encode()
+
+    def _load(self, engine: bytes, header: Mapping[str, Any]) -> None:
+        self._place = engine.decode()
+
+
+def test_a_state_where_all_commands_lose_is_worth_a_loss_and_avoided():
+    env = Cave()
+    env.reset(seed=0)
+    model, _ = searched(env, 30, discount=0.5, depth=4)
+    assert model.root.gains(0.5) == [-0.5, 0.0]
+    (played,) = play(MctsAgent(simulations=20, noise_weight=1.0), Cave)
+    assert [step.action for step in played.steps] == ["wait"] * 6
 
 
 def test_depth_bounds_the_look_ahead():
     env = Corridor()
-    env.reset(seed=0)
-    planner = Planner(SearchSettings(simulations=300))
-    for depth, sees_key in ((1, False), (2, True)):
+    for depth, worth in ((1, 0.0), (2, 0.99)):
         env.reset(seed=0)
-        model = simulator(planner, env, depth=depth)
-        result = planner.search(model.roots(), model)
-        assert (result.q[1] > 0.0) == sees_key
-
-
-def test_a_rollout_sees_further_than_the_tree():
-    env = Corridor()
-    planner = Planner(SearchSettings(simulations=2))
-    seen = {}
-    for estimate in ("zero", "rollout"):
-        env.reset(seed=0)
-        model = simulator(planner, env, estimate=estimate, rollout_steps=30)
-        seen[estimate] = float(planner.search(model.roots(), model).values[0])
-    assert seen["zero"] == 0.0
-    assert seen["rollout"] > 0.0
+        model, _ = searched(env, 300, depth=depth)
+        assert model.root.worth == worth
 
 
 def test_the_agent_solves_a_corridor_that_chance_does_not():
-    searched = play(MctsAgent(simulations=150, depth=6), Corridor, episodes=4)
-    assert [trajectory.score for trajectory in searched] == [4.0] * 4
-    assert all(len(trajectory.steps) == 4 for trajectory in searched)
-    assert searched[0].steps[0].notes["simulations"] == 150
+    played = play(MctsAgent(simulations=40, depth=6), Corridor, episodes=4)
+    assert [trajectory.score for trajectory in played] == [4.0] * 4
+    assert all(len(trajectory.steps) == 4 for trajectory in played)
     by_chance = play(Random(), Corridor, episodes=40)
     assert np.mean([trajectory.score for trajectory in by_chance]) < 2.0
 
 
+def test_the_agent_goes_on_from_what_it_found_and_forgets_it_at_the_end():
+    agent = MctsAgent(simulations=40, discount=0.5)
+    (played,) = play(agent, Corridor)
+    gains = [step.notes["gain"] for step in played.steps]
+    assert gains == [0.875, 1.75, 1.5, 3.0]
+    assert played.steps[0].notes["simulations"] > sum(
+        step.notes["simulations"] for step in played.steps[1:]
+    )
+    assert agent._roots == {}
+
+
+def test_a_game_that_is_not_where_the_agent_thought_is_searched_afresh():
+    agent, env = MctsAgent(simulations=40, discount=0.5), Corridor()
+    text, info = env.reset(seed=0)
+    episode = Episode("k", "any", 0, env=env)
+    assert agent.act([Turn(episode, 0, text, info, 0.0, seed=1)])[0].text == "right"
+    for command in ("right", "right"):
+        text, _, _, _, info = env.step(command)
+    (answer,) = agent.act([Turn(episode, 1, text, info, 0.0, seed=2)])
+    assert answer.text == "left"
+    assert answer.notes["gain"] == 0.5 * 1.0 + 0.5**3 * 3.0
+
+
+def test_answers_do_not_depend_on_who_else_plays():
+    together = play(MctsAgent(simulations=3, depth=3), Corridor, episodes=5, turns=12)
+    alone = play(MctsAgent(simulations=3, depth=3), Corridor, episodes=1, turns=12)
+    assert alone[0].steps
+    assert [step.action for step in alone[0].steps] == [step.action for step in together[0].steps]
+
+
 def test_the_agent_keeps_the_contract_and_leaves_the_environment_as_found():
-    for rule in ("puct", "lightzero", "gumbel"):
-        check_agent(MctsAgent(simulations=20, rule=rule), make_env=lambda _: Corridor())
+    check_agent(MctsAgent(simulations=20), make_env=lambda _: Corridor())
 
 
 def test_the_agent_solves_countdown_among_random_expressions():
@@ -262,7 +341,7 @@ def test_what_cannot_be_searched_is_refused_in_words():
         MctsAgent().act([turn])
     with pytest.raises(AgentError, match="has none"):
         MctsAgent().act([Turn(Episode("k", "any", 0), 0, "", info, 0.0, seed=1)])
-    for wrong in ({"simulations": 0}, {"depth": 0}, {"discount": 0.0}, {"rule": "ucb"}):
+    for wrong in ({"simulations": 0}, {"depth": 0}, {"discount": 0.0}, {"seconds": 0.0}):
         with pytest.raises(ConfigError):
             MctsAgent(**wrong)
 
@@ -271,10 +350,14 @@ def test_what_cannot_be_searched_is_refused_in_words():
 @pytest.mark.skipif(
     find_file("jericho", "detective.z5") is None, reason="needs detective.z5 (PZ_DATA)"
 )
-def test_a_small_search_scores_more_than_chance_on_detective():
+def test_a_small_search_plans_on_detective_and_follows_its_plan():
     def make():
         return JerichoEnv("detective", admissible_commands=True, isolated=False)
 
-    searched = play(MctsAgent(simulations=30, depth=4), make, turns=6)
-    by_chance = play(Random(), make, episodes=3, turns=6)
-    assert searched[0].score > np.mean([trajectory.score for trajectory in by_chance])
+    (played,) = play(MctsAgent(simulations=30), make, turns=12)
+    by_chance = play(Random(), make, episodes=3, turns=12)
+    assert played.score > 1.0 + np.mean([trajectory.score for trajectory in by_chance])
+    # What a plan was worth is gained or still to come, and worth more as it comes nearer.
+    for step, following in itertools.pairwise(played.steps):
+        left = (step.notes["gain"] - step.reward) / 0.95
+        assert following.notes["gain"] >= left - 1e-9
