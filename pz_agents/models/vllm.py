@@ -1,8 +1,9 @@
 """vLLM behind the LanguageModel protocol: continuous batching, a prefix cache, weights in place.
 
-The engine runs in this process. Any number of threads may call ``generate`` and ``score`` at once:
-their requests share the engine's batches, and whoever waits drives it. New weights go in between
-batches, never into one. Only this module imports vllm; ``available`` says whether it is there.
+The engine runs in a thread of this process (``vllm_loop``). Any number of threads may call
+``generate`` and ``score``, any number of asyncio tasks ``generate_async`` and ``score_async``: it
+is one path, and all their requests share the engine's batches. New weights go in when nothing is
+being answered. Only this module imports vllm; ``available`` says whether it is there.
 
 A spec reads ``vllm:PATH?option=value``; the options are the fields of ``EngineSettings``. A folder
 with an adapter is served as one: vLLM keeps the base weights and each ``load_weights`` of another
@@ -11,12 +12,11 @@ adapter publishes it under the new version.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
-import itertools
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl
@@ -32,6 +32,7 @@ from pz_agents.errors import ModelError
 from pz_agents.models.adapters import ADAPTER_CONFIG, merged_state
 from pz_agents.models.chat import ChatTokenizer, without_progress_bars
 from pz_agents.models.protocol import Completion, GenerateRequest, Message
+from pz_agents.models.vllm_loop import EngineLoop
 from pz_agents.sdk.types import Ids, LogProbs
 from pz_envs.errors import ConfigError
 
@@ -129,16 +130,8 @@ class VllmModel:
         self.max_context = min(own, settings.context or own)
         self.template = str(getattr(text, "pz_template", "chat"))
         self._vocabulary = int(text.vocab_size)
-        self._unusable = ""
         self._forgotten = False
-        self._lock = threading.Condition()
-        self._stepping = False
-        self._users = 0
-        self._changing = 0
-        self._names = itertools.count()
-        self._waiting: list[tuple[str, list[int], Any, Any]] = []
-        self._answers: dict[str, Any] = {}
-        self._llm = self._start(base, settings, rank)
+        self._engine = EngineLoop(self.name, partial(self._start, base, settings, rank))
 
     def encode(self, text: str) -> Ids:
         """Return the ids of plain text, no special tokens added."""
@@ -154,14 +147,11 @@ class VllmModel:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Sample one completion a request, in order; see ``LanguageModel``."""
-        for request in requests:
-            self._check(request)
-        with self._using():
-            outputs = self._answer([(r.prompt_ids, self._sampling(r)) for r in requests])
-            return [
-                self._completion(request, output)
-                for request, output in zip(requests, outputs, strict=True)
-            ]
+        return self._engine.wait(self._generate(requests))
+
+    async def generate_async(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """Do what ``generate`` does, in any event loop; cancelling it ends its requests."""
+        return await self._engine.join(self._generate(requests))
 
     def score(self, prefix_ids: Ids, candidates: Sequence[Ids]) -> list[LogProbs]:
         """Return log-probs [N_k] of each candidate's tokens after ``prefix_ids``.
@@ -170,14 +160,11 @@ class VllmModel:
         be K prefills. Here the candidates form a tree of tokens; each inner node is one request for
         the log-probs of its children, and all but the root find their prefix in the cache.
         """
-        longest = max((len(candidate) for candidate in candidates), default=0)
-        if len(prefix_ids) == 0 or len(prefix_ids) + longest > self.max_context:
-            raise ModelError(
-                f"A prefix of {len(prefix_ids)} tokens and a candidate of {longest} cannot be "
-                f"scored by {self.name}. Allowed: at least 1 and together {self.max_context}"
-            )
-        with self._using():
-            return self._score(prefix_ids, candidates, temperature=1.0)
+        return self._engine.wait(self._scored(prefix_ids, candidates))
+
+    async def score_async(self, prefix_ids: Ids, candidates: Sequence[Ids]) -> list[LogProbs]:
+        """Do what ``score`` does, in any event loop; cancelling it ends its requests."""
+        return await self._engine.join(self._scored(prefix_ids, candidates))
 
     def load_weights(self, source: Path) -> int:
         """Load a folder's weights in place; see ``LanguageModel``.
@@ -219,17 +206,7 @@ class VllmModel:
                 f"These weights are not of {self.name}'s architecture: {len(differing)} tensors "
                 f"differ, e.g. `{differing[0]}`. Load them as a model of their own"
             )
-        with self._alone():
-            self._unusable = "its last weights were not loaded whole. Load weights again"
-            try:
-                self._llm.collective_rpc(
-                    "reload_weights", kwargs={"weights_iterator": iter(state.items())}
-                )
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ModelError(f"vLLM could not take new weights: {error}") from error
-            self._unusable = ""
-            self._adapter = None
-            return self._renewed()
+        return self._engine.wait(self._engine.changed(partial(self._reload, state)))
 
     def sleep(self, level: int = 1) -> None:
         """Free the GPU's memory for a learner; level 2 forgets the weights as well.
@@ -238,17 +215,24 @@ class VllmModel:
         """
         if level not in (1, 2):
             raise ConfigError(f"sleep level {level}: allowed are 1 and 2")
-        with self._alone():
-            self._llm.sleep(level=level)
-            self._unusable = "it is asleep. Call wake()" + ", then load weights" * (level == 2)
+
+        def sleep() -> None:
+            self._engine.llm.sleep(level=level)
             self._forgotten = level == 2
+            then = ", then load weights" * self._forgotten
+            self._engine.unusable = f"it is asleep. Call wake(){then}"
+
+        self._engine.wait(self._engine.changed(sleep))
 
     def wake(self) -> None:
         """Take the memory back after ``sleep``."""
-        with self._alone():
-            self._llm.wake_up()
-            self._unusable = "its weights were forgotten. Load weights" * self._forgotten
-            self._llm.reset_prefix_cache()
+
+        def wake() -> None:
+            self._engine.llm.wake_up()
+            self._engine.unusable = "its weights were forgotten. Load weights" * self._forgotten
+            self._engine.llm.reset_prefix_cache()
+
+        self._engine.wait(self._engine.changed(wake))
 
     def _start(self, base: Path, settings: EngineSettings, rank: int) -> Any:
         # Weights are handed over as tensors, which needs the engine in this process.
@@ -256,8 +240,15 @@ class VllmModel:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
 
-        self._params, self._lora = SamplingParams, LoRARequest
+        self._params = partial(
+            SamplingParams,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._lora = LoRARequest
         options: dict[str, Any] = {
             "dtype": "bfloat16",
             "gpu_memory_utilization": settings.memory,
@@ -286,6 +277,25 @@ class VllmModel:
                 "larger; on a GPU lower `memory`, or take the folder without `vllm:`"
             ) from error
 
+    async def _generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        for request in requests:
+            self._check(request)
+        async with self._engine.using():
+            outputs = await self._answer([(r.prompt_ids, self._sampling(r)) for r in requests])
+            pairs = zip(requests, outputs, strict=True)
+            # At once: each that is to be read again asks the engine.
+            return await asyncio.gather(*(self._completion(*pair) for pair in pairs))
+
+    async def _scored(self, prefix_ids: Ids, candidates: Sequence[Ids]) -> list[LogProbs]:
+        longest = max((len(candidate) for candidate in candidates), default=0)
+        if len(prefix_ids) == 0 or len(prefix_ids) + longest > self.max_context:
+            raise ModelError(
+                f"A prefix of {len(prefix_ids)} tokens and a candidate of {longest} cannot be "
+                f"scored by {self.name}. Allowed: at least 1 and together {self.max_context}"
+            )
+        async with self._engine.using():
+            return await self._score(prefix_ids, candidates, temperature=1.0)
+
     def _sampling(self, request: GenerateRequest) -> Any:
         return self._params(
             max_tokens=request.max_new_tokens,
@@ -294,25 +304,23 @@ class VllmModel:
             top_p=request.top_p,
             top_k=request.top_k,
             stop_token_ids=sorted(self._ends.union(request.stop_ids)),
-            ignore_eos=True,
             logprobs=0,
-            detokenize=False,
         )
 
-    def _completion(self, request: GenerateRequest, output: Any) -> Completion:
+    async def _completion(self, request: GenerateRequest, output: Any) -> Completion:
         [answer] = output.outputs
         ids = np.asarray(answer.token_ids, np.int32)
         stopped = answer.finish_reason == "stop"
         if request.temperature > 0 and (request.top_p < 1 or request.top_k > 0):
             # vLLM's are renormalised over the tokens that were kept; the contract's are not.
-            [log_probs] = self._score(request.prompt_ids, [ids], request.temperature)
+            [log_probs] = await self._score(request.prompt_ids, [ids], request.temperature)
         else:
             rows = zip(answer.logprobs, ids.tolist(), strict=True)
             log_probs = np.array([row[token].logprob for row, token in rows], np.float32)
         text = self.decode(ids[:-1] if stopped else ids)
         return Completion(ids, log_probs, text, "stop" if stopped else "length", self.version)
 
-    def _score(
+    async def _score(
         self, prefix_ids: Ids, candidates: Sequence[Ids], temperature: float
     ) -> list[LogProbs]:
         paths = [tuple(np.asarray(candidate).tolist()) for candidate in candidates]
@@ -325,7 +333,7 @@ class VllmModel:
         levels: list[list[tuple[int, ...]]] = [[()], inner] if children else []
         table: dict[tuple[int, ...], Any] = {}
         for nodes in levels:
-            outputs = self._answer(
+            outputs = await self._answer(
                 [
                     (
                         np.concatenate([prefix_ids, np.asarray(node, np.int32)]),
@@ -334,8 +342,6 @@ class VllmModel:
                             temperature=temperature,
                             seed=0,
                             logprob_token_ids=sorted(children[node]),
-                            ignore_eos=True,
-                            detokenize=False,
                         ),
                     )
                     for node in nodes
@@ -350,99 +356,42 @@ class VllmModel:
             for path in paths
         ]
 
-    def _answer(self, asked: Sequence[tuple[Ids, Any]]) -> list[Any]:
-        """Run requests beside those of other threads; returns vLLM's outputs in order."""
+    async def _answer(self, asked: Sequence[tuple[Ids, Any]]) -> list[Any]:
         lora = None if self._adapter is None else self._adapter_request(self._adapter, self.version)
-        with self._lock:
-            names = [str(next(self._names)) for _ in asked]
-            self._waiting += [
-                (name, np.asarray(ids).tolist(), params, lora)
-                for name, (ids, params) in zip(names, asked, strict=True)
-            ]
-            while not all(name in self._answers for name in names):
-                self._check_usable()
-                if self._stepping:
-                    self._lock.wait()
-                else:
-                    self._step()
-            answers = [self._answers.pop(name) for name in names]
-        for answer in answers:
-            if isinstance(answer, ValueError):
-                raise ModelError(f"{self.name} refused a request: {answer}") from answer
-        return answers
+        plain = [(np.asarray(ids).tolist(), params) for ids, params in asked]
+        return await self._engine.answer(plain, lora)
 
-    def _step(self) -> None:
-        """Do one step of the engine for everybody; called with the lock held, which it lends."""
-        self._stepping = True
-        added, self._waiting = self._waiting, []
-        self._lock.release()
-        finished: dict[str, Any] = {}
+    def _reload(self, state: Mapping[str, torch.Tensor]) -> int:
+        self._engine.unusable = "its last weights were not loaded whole. Load weights again"
         try:
-            engine = self._llm.llm_engine
-            for name, ids, params, lora in added:
-                try:
-                    engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=lora)
-                except ValueError as refused:
-                    finished[name] = refused
-            finished |= {out.request_id: out for out in engine.step() if out.finished}
-        except Exception as error:
-            # The engine is in an unknown state; everybody who waits must hear of it.
-            self._unusable = f"its engine failed ({type(error).__name__}: {error}). Load it anew"
-            raise ModelError(f"{self.name} cannot answer: {self._unusable}") from error
-        finally:
-            self._lock.acquire()
-            self._answers |= finished
-            self._stepping = False
-            self._lock.notify_all()
+            self._engine.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(state.items())}
+            )
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ModelError(f"vLLM could not take new weights: {error}") from error
+        self._engine.unusable = ""
+        self._adapter = None
+        return self._renewed()
 
     def _adapter_request(self, folder: Path, version: int) -> Any:
         return self._lora(f"policy-v{version}", version + 1, str(folder.resolve()))
 
     def _publish(self, adapter: Path) -> int:
         """Answer with another adapter from now on; the old one stays if it cannot be loaded."""
-        with self._alone():
+
+        def publish() -> int:
             request = self._adapter_request(adapter, self.version + 1)
             try:
-                self._llm.llm_engine.add_lora(request)
+                self._engine.llm.llm_engine.add_lora(request)
             except (RuntimeError, ValueError, OSError) as error:
                 raise ModelError(f"vLLM cannot load the adapter in {adapter}: {error}") from error
             self._adapter = adapter
             return self._renewed()
 
-    @contextmanager
-    def _using(self) -> Iterator[None]:
-        """Hold the weights as they are; those who wait to change them go first."""
-        with self._lock:
-            while self._changing:
-                self._lock.wait()
-            self._check_usable()
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                self._lock.notify_all()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait until nobody uses the weights, and keep everybody out."""
-        with self._lock:
-            self._changing += 1
-            try:
-                while self._users:
-                    self._lock.wait()
-                yield
-            finally:
-                self._changing -= 1
-                self._lock.notify_all()
-
-    def _check_usable(self) -> None:
-        if self._unusable:
-            raise ModelError(f"{self.name} cannot answer: {self._unusable}")
+        return self._engine.wait(self._engine.changed(publish))
 
     def _renewed(self) -> int:
-        self._llm.reset_prefix_cache()
+        self._engine.llm.reset_prefix_cache()
         self.version += 1
         return self.version
 

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server over any ``LanguageModel``, on the standard library's threads.
 
 ``/v1/chat/completions`` and ``/v1/completions``, streamed or whole, ``/v1/models`` and ``/health``.
-Requests that arrive together share a batch of the model. Tokens go in and out as they are:
+Requests that arrive together share a batch of the model, and with vLLM those that come while others
+are answered join them. Tokens go in and out as they are:
 see ``api``. It listens on loopback unless it is told otherwise. A stream is sent when the answer is
 done, in one part a choice. With ``sessions``, a request belongs to whoever its API key (or the
 ``/s/KEY/`` before its path) names, and everything served is told to that session.
@@ -135,10 +136,14 @@ class _Http(ThreadingHTTPServer):
 
 
 class _Batcher:
-    """One thread that asks the model, for all that waits at once."""
+    """One thread that asks the model, for all that waits at once.
+
+    A model with ``shares_batches`` is asked by each request's own thread instead.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
+        self._shares = getattr(model, "shares_batches", False)
         self._waiting: queue.SimpleQueue[tuple[GenerateRequest, Future[Completion]] | None] = (
             queue.SimpleQueue()
         )
@@ -149,7 +154,7 @@ class _Batcher:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Return the completions of ``requests``, sampled beside those of other threads."""
-        if getattr(self._model, "shares_batches", False):
+        if self._shares:
             return self._model.generate(requests)
         if self._closed:
             raise InfraError("the server is closing")
@@ -159,8 +164,8 @@ class _Batcher:
         return [future.result() for future in futures]
 
     def score(self, prefix: Ids, candidate: Ids) -> LogProbs:
-        """Return the log-probs of ``candidate`` after ``prefix``, between two batches."""
-        with self._lock:
+        """Return the log-probs of ``candidate`` after ``prefix``, in no batch of ``generate``'s."""
+        with contextlib.nullcontext() if self._shares else self._lock:
             return self._model.score(prefix, [candidate])[0]
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,24 @@ class Counting(ScriptedModel):
         self.batches.append(len(requests))
         assert self.go.wait(60)
         return super().generate(requests)
+
+
+class Sharing(ScriptedModel):
+    """Shares its batches as vLLM does: it answers when four are asking, or scoring, at once."""
+
+    shares_batches = True
+
+    def __init__(self) -> None:
+        super().__init__(["north", "south", "east"])
+        self.meeting = threading.Barrier(4, timeout=60)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Any]:
+        self.meeting.wait()
+        return super().generate(requests)
+
+    def score(self, prefix_ids: Any, candidates: Sequence[Any]) -> list[Any]:
+        self.meeting.wait()
+        return [np.full(len(candidate), -1.0, np.float32) for candidate in candidates]
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +284,23 @@ def test_requests_that_arrive_together_share_a_batch() -> None:
     assert sum(model.batches) == 12
     assert len(model.batches) < 12
     assert answers == {seed: ("north", "south", "east")[seed % 3] for seed in range(12)}
+
+
+def test_an_engine_that_shares_its_batches_is_asked_side_by_side() -> None:
+    model = Sharing()
+    prompt = model.encode("which way?").tolist()
+    body = {"prompt": prompt, "max_tokens": 8, "prompt_logprobs": 0}
+    with ModelServer(model) as server, ThreadPoolExecutor(4) as pool:
+        answers = pool.map(
+            lambda seed: post(
+                server, "/v1/completions", json.dumps({**body, "seed": seed}).encode()
+            ),
+            range(4),
+        )
+        found = [(status, told["choices"][0]) for status, told in answers]
+    assert [status for status, _ in found] == [200] * 4
+    assert [choice["text"] for _, choice in found] == ["north", "south", "east", "north"]
+    assert all(len(choice["prompt_logprobs"]) == len(prompt) for _, choice in found)
 
 
 def test_one_request_that_fails_leaves_the_others_alone() -> None:

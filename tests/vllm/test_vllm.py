@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,8 @@ def test_scoring_reads_the_prefix_once(model: VllmModel, monkeypatch: pytest.Mon
     outputs: list[Any] = []
     answer = model._answer
 
-    def observed(asked: Any) -> list[Any]:
-        found = answer(asked)
+    async def observed(asked: Any) -> list[Any]:
+        found = await answer(asked)
         outputs.extend(found)
         return found
 
@@ -147,6 +149,134 @@ def test_threads_share_the_engine_and_get_their_own_answers(model: VllmModel) ->
         thread.join()
     for seed, completion in enumerate(alone):
         assert answers[seed].token_ids.tolist() == completion.token_ids.tolist()
+
+
+def hold(model: VllmModel) -> Callable[[], object]:
+    """Let nobody begin until what is returned is called: somebody uses the weights, another waits
+    to change them, and those who come after wait for that."""
+    engine, go = model._engine, asyncio.Event()
+
+    async def use() -> None:
+        async with engine.using():
+            await go.wait()
+
+    asyncio.run_coroutine_threadsafe(use(), engine._loop)
+    asyncio.run_coroutine_threadsafe(engine.changed(lambda: None), engine._loop)
+    return lambda: engine._loop.call_soon_threadsafe(go.set)
+
+
+def test_tasks_and_threads_are_answered_in_the_same_steps(
+    model: VllmModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = model.render(MESSAGES)
+    asked = [[GenerateRequest(prompt, 12, seed)] for seed in range(8)]
+    alone = [model.generate(requests)[0].token_ids.tolist() for requests in asked]
+    engine, steps = model._engine.llm.llm_engine, []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: steps.append(1) or step())
+
+    async def together() -> list[Any]:
+        go = hold(model)
+        with ThreadPoolExecutor(4) as pool:
+            threads = [pool.submit(model.generate, requests) for requests in asked[:4]]
+            tasks = [asyncio.create_task(model.generate_async(requests)) for requests in asked[4:]]
+            while len(asyncio.all_tasks(model._engine._loop)) < 2 + len(asked):
+                await asyncio.sleep(0.01)
+            go()
+            found = [await asyncio.wrap_future(each) for each in threads]
+            return found + await asyncio.gather(*tasks)
+
+    answers = [found[0].token_ids.tolist() for found in asyncio.run(together())]
+    assert answers == alone
+    assert len(steps) <= max(map(len, alone)) + 2 < sum(map(len, alone)) / 3
+
+
+def test_a_cancelled_task_ends_its_requests(
+    model: VllmModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = model.render(MESSAGES)
+    request = next(
+        request
+        for request in (GenerateRequest(prompt, 40, seed) for seed in range(50))
+        if len(model.generate([request])[0].token_ids) > 10
+    )
+    engine, began, go = model._engine.llm.llm_engine, threading.Event(), threading.Event()
+    step = engine.step
+
+    def waiting() -> Any:
+        began.set()
+        assert go.wait(300)
+        return step()
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(model.generate_async([request]))
+        assert await asyncio.to_thread(began.wait, 300)
+        task.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", waiting)
+        asyncio.run(cancelled())
+        model._engine.wait(asyncio.sleep(0))
+    scores(model)
+    assert not engine.has_unfinished_requests()
+
+
+def test_no_answer_is_of_two_versions(model: VllmModel, folders: dict[str, Path]) -> None:
+    prompt = model.render(MESSAGES)
+    options: Any = {"top_p": 0.9}  # read again afterwards, with the weights that sampled
+    asked = [GenerateRequest(prompt, 12, seed, **options) for seed in range(6)]
+    state = TransformersModel(folders["other"], device="cpu").network.state_dict()
+    own = model.generate(asked)
+    model.load_state(state)
+    others = model.generate(asked)
+    old = model.load_weights(folders["tiny"])
+    expected = {old: own, old + 1: others}
+
+    async def while_they_change() -> list[Any]:
+        before = [asyncio.create_task(model.generate_async([request])) for request in asked]
+        await asyncio.sleep(0)
+        loading = asyncio.create_task(asyncio.to_thread(model.load_state, state))
+        during = [asyncio.create_task(model.generate_async([request])) for request in asked]
+        assert await loading == old + 1
+        after = [model.generate_async([request]) for request in asked]
+        return [found[0] for found in await asyncio.gather(*before, *during, *after)]
+
+    answers = asyncio.run(while_they_change())
+    assert {answer.version for answer in answers[:6]} == {old}
+    assert {answer.version for answer in answers[12:]} == {old + 1}
+    for number, answer in enumerate(answers):
+        wanted = expected[answer.version][number % 6]
+        assert answer.token_ids.tolist() == wanted.token_ids.tolist()
+        assert largest_difference([answer.log_probs], [wanted.log_probs]) < 1e-4
+
+
+def test_a_step_that_fails_is_told_to_all_until_weights_are_loaded(
+    model: VllmModel, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, prompt = scores(model), model.render(MESSAGES)
+    engine = model._engine.llm.llm_engine
+
+    def broken() -> Any:
+        raise RuntimeError("out of memory")
+
+    async def ask() -> list[Any]:
+        asked = [model.generate_async([GenerateRequest(prompt, 12, seed)]) for seed in range(4)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", broken)
+        found = asyncio.run(ask())
+    assert [type(each) for each in found] == [ModelError] * 4
+    assert all("out of memory" in str(each) for each in found)
+    with pytest.raises(ModelError, match="engine failed"):
+        scores(model)
+    assert not engine.has_unfinished_requests()
+    model.load_weights(folders["tiny"])
+    assert largest_difference(scores(model), before) < 1e-4
 
 
 def test_sleep_refuses_and_wake_answers(model: VllmModel) -> None:
