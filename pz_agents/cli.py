@@ -3,7 +3,7 @@
 Anything heavy is imported inside the command that needs it, so that ``--help`` stays quick. An
 error that pz raises on purpose is one line on standard error: exit 2 for wrong usage, 3 for a
 demanded engine that is not installed, 4 when so many episodes failed that the run stopped, else 1;
-Ctrl-C exits 130 and the same command goes on.
+Ctrl-C exits 130, SIGTERM 143, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -52,11 +53,14 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make Ctrl-C exit 130; typer would make it 1."""
+    """Make Ctrl-C exit 130 and SIGTERM 143, each after what it interrupts has saved its state."""
+    from pz_agents.interrupt import exit_status, sigterm_raises
+
     try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        with sigterm_raises():
+            yield
+    except KeyboardInterrupt as stopped:
+        raise typer.Exit(exit_status(stopped)) from None
 
 
 class Mode(enum.StrEnum):
@@ -320,17 +324,18 @@ def tune(
     flags: dict[str, Any] = {}
     for assignment in settings:
         _assign(flags, assignment)
-    found = run_search(
-        resolve(read_config(config) if config else {}, flags),
-        dict(map(parse_draw, search)),
-        out,
-        trials=trials,
-        metric=metric,
-        mode=mode.value,
-        runtime=ray_runtime(ray),
-        concurrent=concurrent,
-        seed=seed,
-    )
+    with _interruptible():
+        found = run_search(
+            resolve(read_config(config) if config else {}, flags),
+            dict(map(parse_draw, search)),
+            out,
+            trials=trials,
+            metric=metric,
+            mode=mode.value,
+            runtime=ray_runtime(ray),
+            concurrent=concurrent,
+            seed=seed,
+        )
     print(table(found, metric), end="")
     print(f"table: {out / TABLE}")
     if any(trial.error for trial in found):
@@ -426,7 +431,7 @@ def serve(
         str | None, typer.Option(envvar="PZ_API_KEY", help="The API key that is demanded.")
     ] = None,
 ) -> None:
-    """Serve a model over the OpenAI API until Ctrl-C."""
+    """Serve a model over the OpenAI API until Ctrl-C (exit status 0) or SIGTERM (143)."""
     import signal
     import threading
 
@@ -435,7 +440,13 @@ def serve(
 
     ended = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: ended.set()) for number in numbers]
+    received: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        ended.set()
+
+    before = [signal.signal(number, end) for number in numbers]
     try:
         with ModelServer(load_model(model), host=host, port=port, key=key) as server:
             print(f"serving {model} at {server.url} (Ctrl-C ends it)", flush=True)
@@ -443,6 +454,8 @@ def serve(
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+    if signal.SIGTERM in received:
+        raise typer.Exit(128 + signal.SIGTERM)
 
 
 @app.command()

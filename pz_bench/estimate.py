@@ -166,14 +166,15 @@ def _hours_without_model(spec: CellSpec) -> float | None:
     if spec.algorithm in ("random", "expert"):
         return turns * TURN_SECONDS / 3600
     if spec.algorithm == "mcts":
-        simulations = spec.agent_kwargs.get("simulations", _MCTS_SIMULATIONS)
+        simulations = float(spec.agent_kwargs.get("simulations", _MCTS_SIMULATIONS))
         return turns * simulations * SIMULATION_SECONDS / 3600
     if not is_trained(spec.algorithm):
         return None
     settings = training_settings(spec)
     turns += settings.steps * settings.episodes_per_step * USED_TURNS * settings.max_turns
-    width = settings.network.embed / 96
-    return turns * settings.search.simulations * IMAGINED_SECONDS * max(1.0, width**2) / 3600
+    width: float = settings.network.embed / 96
+    simulations = float(settings.search.simulations)
+    return float(turns * simulations * IMAGINED_SECONDS * max(1.0, width**2) / 3600)
 
 
 def _hours(

@@ -55,6 +55,7 @@ ALGORITHMS: Mapping[str, str] = {
 TRAINERS: Mapping[str, str] = {
     "unizero": "pz_agents.priorzero.run",
     "priorzero": "pz_agents.priorzero.trainer",
+    "priorzero-ppo": "pz_agents.hybrid.trainer",
 }
 """Name of each algorithm that trains no language model, and the module with its ``Settings``,
 ``FREE_TO_CHANGE``, ``train``, ``player`` and ``progress_line``."""

@@ -84,6 +84,16 @@ class Options(Settings):
     """Leave rollouts cut by a limit on turns, tokens or time, or in mid-reply, out of the loss;
     their rewards still count in their groups' means."""
 
+    @pydantic.model_validator(mode="after")
+    def _cache_within_limit(self) -> Options:
+        if self.overlong_cache > self.overlong_limit:
+            raise ValueError(
+                f"overlong_cache {self.overlong_cache} is more than overlong_limit "
+                f"{self.overlong_limit}, so even an empty rollout would be punished; set "
+                f"overlong_cache to at most {self.overlong_limit}, or a higher overlong_limit"
+            )
+        return self
+
 
 def program(context: RolloutContext, tasks: Sequence[Task]) -> Iterator[Trajectory]:
     """Play each task's group, and another task's in place of one whose rewards are all equal.

@@ -10,13 +10,15 @@ and with r_t = pi(token_t) / pi_old(token_t), over the N sampled tokens of the w
     L = 1/N sum_t [ -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + beta k3_t ]
 
 where k3_t estimates KL(pi || reference). The paper averages within each rollout first
-(``aggregation: seq_mean_token_mean``); the default here is the mean over tokens, which does not
-favour short wrong answers. Groups whose rewards are all equal are left out and counted. Other
-choices of these options go by names of their own (``variants.py``).
+(``aggregation: seq_mean_token_mean``, which takes rows: a rollout whose context is cut on the way
+is several); the default here is the mean over tokens, which does not favour short wrong answers.
+Groups whose rewards are all equal are left out and counted. Other choices of these options go by
+names of their own (``variants.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -75,6 +77,15 @@ class Options(Settings):
     aggregation: Aggregation = "token_mean"
     """How token losses become one number."""
 
+    @pydantic.model_validator(mode="after")
+    def _cap_is_used(self) -> Options:
+        if self.surrogate == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                f"dual_clip {self.dual_clip} does nothing with surrogate cispo; leave it out, or "
+                "set surrogate to clip"
+            )
+        return self
+
 
 def credit(trajectories: Sequence[Trajectory], options: Options) -> Credit:
     """Give every sampled token its rollout's group advantage; a failed rollout has no reward."""
@@ -91,16 +102,19 @@ def loss(tokens: Tokens, options: Options) -> Loss:
     """Return the clipped policy loss plus ``beta`` times the KL estimate."""
     now, old, mask = tokens.log_probs, tokens.old_log_probs, tokens.mask
     ratios = (ratio if options.importance == "token" else sequence_ratio)(now, old, mask)
+    clip_low = options.clip_low
     if options.surrogate == "clip":
         per_token = clipped_policy_loss(
-            ratios, tokens.advantages, mask, options.clip_low, options.clip_high, options.dual_clip
+            ratios, tokens.advantages, mask, clip_low, options.clip_high, options.dual_clip
         )
     else:
+        clip_low = math.inf  # only the weight's upper side is clipped
         weights = ratios.clamp(max=1.0 + options.clip_high)
         per_token = policy_gradient_loss(now, tokens.advantages, mask, weights)
-    stats = ratio_stats(tokens, ratios, options.clip_low, options.clip_high)
+    stats = ratio_stats(tokens, ratios, clip_low, options.clip_high)
     if options.off_policy_delta is not None:
-        kept = keeps_row(now, old, tokens.advantages, mask, options.off_policy_delta)
+        sampled = old if tokens.rollout_log_probs is None else tokens.rollout_log_probs
+        kept = keeps_row(now, sampled, tokens.advantages, mask, options.off_policy_delta)
         per_token = per_token * kept[:, None]
         stats["off_policy"] = aggregate(
             (~kept).float()[:, None].expand_as(mask), mask, "token_mean", tokens.totals

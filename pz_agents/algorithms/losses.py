@@ -30,7 +30,8 @@ MAX_K3 = 10.0
 class Totals(NamedTuple):
     """What the whole optimizer batch holds, over all its micro-batches.
 
-    tokens: trained tokens. sequences: rows with at least one of them. length: the constant row
+    tokens: trained tokens. sequences: rows with at least one of them (a
+    rollout whose prompts do not continue one another is several). length: the constant row
     length that aggregation ``const`` divides by.
     """
 
@@ -44,12 +45,14 @@ class Tokens:
     """What a loss function sees of one micro-batch.
 
     log_probs: [B, T] under the weights being trained, with gradient.
-    old_log_probs: [B, T] under the weights that sampled.
+    old_log_probs: [B, T] under the weights that sampled; with a correction, the learner's own
+        before the first update.
     advantages: [B, T]. mask: [B, T] bool.
     reference_log_probs: [B, T] under the frozen reference, where the algorithm asked for one.
     totals: of the whole optimizer batch.
     groups: [B] the number of each row's group, for losses that compare rollouts of one task.
     entropies: [B, T] of what each token was sampled from, with gradient; where asked for.
+    rollout_log_probs: [B, T] as the sampler reported them; None: they are ``old_log_probs``.
     """
 
     log_probs: Tensor
@@ -60,6 +63,7 @@ class Tokens:
     reference_log_probs: Tensor | None = None
     groups: Tensor | None = None
     entropies: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
 
 
 class Loss(NamedTuple):

@@ -53,6 +53,7 @@ class Choice:
 
     policy: [A] what the world model's policy should become: shares of visits; nothing where
         nothing was searched.
+    visits, prior: [A] of the search, the prior as it was searched with; empty likewise.
     prefix_ids: what the language model said its opinion behind; None where it was not asked or
         failed.
     """
@@ -61,6 +62,8 @@ class Choice:
     place: int
     policy: Floats
     value: float
+    visits: Floats = field(default_factory=lambda: np.zeros(0))
+    prior: Floats = field(default_factory=lambda: np.zeros(0))
     statistics: Mapping[str, float] = field(default_factory=dict)
     prefix_ids: Ids | None = None
 
@@ -204,6 +207,8 @@ class Actor:
                     place=place,
                     policy=result.policy[at].copy(),
                     value=float(result.values[number]),
+                    visits=visits.copy(),
+                    prior=result.prior[at].copy(),
                     statistics={
                         **root_statistics(result.prior[at], visits),
                         **_of_opinion(opinion, visits),

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 
+from pz_agents.algorithms import load_trainer
 from pz_agents.config import parse_settings
 from pz_agents.errors import AgentError
 from pz_agents.models import load_model
@@ -23,8 +24,9 @@ from pz_agents.priorzero.actor import Actor, Mode
 from pz_agents.priorzero.encoder import FrozenEncoder
 from pz_agents.priorzero.guidance import trained_model
 from pz_agents.priorzero.prior import LanguagePrior
-from pz_agents.priorzero.settings import PriorZeroSettings, UniZeroSettings
+from pz_agents.priorzero.settings import GuidedSettings, UniZeroSettings
 from pz_agents.sdk.types import Action, Episode, Trajectory, Turn
+from pz_agents.search.priors import root_notes
 from pz_agents.training import checkpoint
 from pz_agents.worldmodel.network import WorldModel
 from pz_agents.worldmodel.texts import Texts
@@ -106,10 +108,14 @@ class UniZeroAgent:
                 for turn in mine
             ]
             streams = [generator(turn.seed, "search") for turn in mine]
-            for turn, choice in zip(mine, actor.choose(positions, streams), strict=True):
+            choices = actor.choose(positions, streams)
+            for turn, position, choice in zip(mine, positions, choices, strict=True):
                 self._before[turn.episode.key] = choice.command
+                commands = [self._texts.string(each) for each in position.commands]
                 notes: dict[str, Any] = {"value": choice.value, **choice.statistics}
-                answers[turn.episode.key] = Action(self._texts.string(choice.command), notes=notes)
+                if len(choice.visits):
+                    notes |= root_notes(commands, choice.visits, choice.prior)
+                answers[turn.episode.key] = Action(commands[choice.place], notes=notes)
         return [answers[turn.episode.key] for turn in turns]
 
     def end(self, trajectory: Trajectory) -> None:
@@ -174,7 +180,7 @@ class PriorZeroAgent(UniZeroAgent):
         if mode not in get_args(Mode):
             raise ConfigError(f"priorzero: mode is {', '.join(get_args(Mode))}; got `{mode}`")
         settings = self._policy.settings
-        if not isinstance(settings, PriorZeroSettings) or settings.language is None:
+        if not isinstance(settings, GuidedSettings) or settings.language is None:
             if mode == "llm":
                 raise ConfigError(f"the run in {folder} has no language model; take mode=wm")
             return
@@ -182,7 +188,7 @@ class PriorZeroAgent(UniZeroAgent):
             return
         trained = trained_model(self._policy.folder)
         model = load_model(str(trained or settings.language.model))
-        self._prior = LanguagePrior(model, settings.language)
+        self._prior = settings.prior(model)
         self._alone = mode == "llm"
 
 
@@ -237,5 +243,6 @@ def read_policy(folder: Path) -> Policy:
         listed = json.loads((folder / "commands.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is no whole policy: {error}") from None
-    kind = PriorZeroSettings if saved.get("algorithm") == "priorzero" else UniZeroSettings
+    trainer = load_trainer(saved.get("algorithm", ""))
+    kind = trainer.Settings if trainer else UniZeroSettings
     return Policy(folder, parse_settings(kind, {**saved, "preset": ""}, str(folder)), listed)

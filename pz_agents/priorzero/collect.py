@@ -44,11 +44,13 @@ class Played:
     reward: the gain in score over the episode.
     statistics: means over its turns of what the searches said.
     instruction: the task's rules.
+    env_seed: of the task.
     prefixes: what the language model said its opinions behind, a turn each; None where it did not.
     """
 
     segment: Segment | None = None
     instruction: str = ""
+    env_seed: int = 0
     prefixes: tuple[Ids | None, ...] = ()
     reward: float = 0.0
     score_norm: float = 0.0
@@ -212,6 +214,7 @@ def _finish(live: _Live, last: int, info: Mapping[str, Any], terminated: bool) -
     return Played(
         segment=segment,
         instruction=live.positions[0].moment.instruction,
+        env_seed=live.task.env_seed,
         prefixes=tuple(each.prefix_ids for each in live.choices),
         reward=sum(live.rewards),
         score_norm=info["score_norm"],

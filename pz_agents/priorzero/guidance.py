@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from pz_agents.priorzero.language import LanguageLearner
 from pz_agents.priorzero.language_settings import Decision
 from pz_agents.priorzero.memory import Memory
 from pz_agents.priorzero.prior import LanguagePrior
-from pz_agents.priorzero.settings import PriorZeroSettings, UniZeroSettings
+from pz_agents.priorzero.settings import GuidedSettings, PriorZeroSettings, UniZeroSettings
 from pz_agents.training import checkpoint
 from pz_agents.worldmodel.learner import WorldModelLearner
 
@@ -23,22 +25,60 @@ FOLDER = "language"
 _MERGED = "start"
 
 
+class Guide(Protocol):
+    """What a run asks of its language model's half.
+
+    Attributes:
+        prior: judges with whatever the weights are now.
+        asked: whether the search asks it.
+    """
+
+    prior: LanguagePrior
+    asked: bool
+
+    def lessons(
+        self, memory: Memory, updates: int, world: WorldModelLearner, random: np.random.Generator
+    ) -> list[Any]:
+        """Draw what ``updates`` optimizer steps need; in ``parallel``, before the world learns."""
+        ...
+
+    def learn(self, decisions: list[Any]) -> dict[str, float]:
+        """Learn from what ``lessons`` drew; returns what to log."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained into a checkpoint's folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from ``save``."""
+        ...
+
+    def close(self) -> None:
+        """End what it has started."""
+        ...
+
+
+MakeGuide = Callable[..., Guide | None]
+"""As ``guidance_of``."""
+
+
 class Guidance:
-    """See the module.
+    """A run's language model as PriorZero trains it.
 
     Args:
         settings: with a language model.
-        source: the model to begin with, where it is not ``settings.language.model``.
+        source: the model to begin with.
 
     Attributes:
         prior: judges with whatever the weights are now.
         asked: whether the search asks it (mode ``off`` does not).
     """
 
-    def __init__(self, settings: PriorZeroSettings, source: Path | None = None) -> None:
+    def __init__(self, settings: PriorZeroSettings, source: str) -> None:
         assert settings.language is not None
-        model = load_model(str(source or settings.language.model))
-        self.prior = LanguagePrior(model, settings.language)
+        model = load_model(source)
+        self.prior = settings.prior(model)
         self.asked = settings.root.mode != "off"
         self._learner: LanguageLearner | None = None
         self._size = 0
@@ -83,6 +123,9 @@ class Guidance:
         if self._learner is not None:
             self._learner.load(folder / FOLDER)
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
 
 def trained_model(policy: Path) -> Path | None:
     """Return the trained language model beside a policy, where there is one."""
@@ -95,10 +138,19 @@ def trained_model(policy: Path) -> Path | None:
 def guidance_of(
     settings: UniZeroSettings, start: Path | None, folder: Path, *, resumed: bool
 ) -> Guidance | None:
-    """Return a run's language model; None where it has none.
+    """Return a run's language model; None where it has none. See ``beginning_of``."""
+    if not isinstance(settings, PriorZeroSettings) or settings.language is None:
+        return None
+    return Guidance(settings, beginning_of(settings, start, folder, resumed=resumed))
+
+
+def beginning_of(
+    settings: GuidedSettings, start: Path | None, folder: Path, *, resumed: bool
+) -> str:
+    """Return the model that a run begins with, for ``load_model``.
 
     Args:
-        settings: of the run.
+        settings: of a run with a language model.
         start: the policy that the run begins with; None: with ``settings.language.model``.
         folder: of the run. An adapter that it begins with becomes weights in there, for a new
             adapter to belong to.
@@ -107,8 +159,7 @@ def guidance_of(
     Raises:
         ModelError: the adapter is of another model than ``settings.language.model``.
     """
-    if not isinstance(settings, PriorZeroSettings) or settings.language is None:
-        return None
+    assert settings.language is not None
     source = trained_model(start) if start else None
     from pz_agents.models.transformers import TransformersModel
 
@@ -125,4 +176,4 @@ def guidance_of(
             with without_progress_bars():
                 checkpoint.write_folder(merged, model.save)
         source = merged
-    return Guidance(settings, source)
+    return str(source or settings.language.model)

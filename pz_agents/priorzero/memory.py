@@ -34,10 +34,26 @@ class Margin:
 
     instruction: the task's rules.
     prefixes: [L] what the model thought before each turn; None where the prompt says it all.
+    env, env_seed: the game's id and what decided the episode, so that it can be played again.
     """
 
     instruction: str
     prefixes: tuple[Ids | None, ...] | None = None
+    env: str = ""
+    env_seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reached:
+    """A place that play came to, and how to come there again.
+
+    moment: the place as a language model sees it. before: the commands that led there.
+    """
+
+    moment: Moment
+    env: str
+    env_seed: int
+    before: tuple[str, ...]
 
 
 class Memory:
@@ -116,6 +132,16 @@ class Memory:
             except ModelError:
                 # No prompt fits, which was counted when the turn was played.
                 continue
+        return found
+
+    def reached(self, drawn: Sequence[tuple[int, int]], history: int) -> list[Reached]:
+        """Return the places of drawn turns, with up to ``history`` past turns."""
+        found = []
+        for owner, turn in drawn:
+            segment, margin = self._replay.segments[owner], self._margins[owner]
+            before = tuple(map(self._texts.string, segment.actions[:turn]))
+            moment = self._moment(segment, margin, turn, history)
+            found.append(Reached(moment, margin.env, margin.env_seed, before))
         return found
 
     def _moment(self, segment: Segment, margin: Margin, turn: int, history: int) -> Moment:
@@ -227,7 +253,12 @@ def _packed(margins: Sequence[Margin] | deque[Margin]) -> list[Any]:
         return None if ids is None else torch.from_numpy(np.asarray(ids))
 
     return [
-        [each.instruction, None if each.prefixes is None else [*map(plain, each.prefixes)]]
+        [
+            each.instruction,
+            None if each.prefixes is None else [*map(plain, each.prefixes)],
+            each.env,
+            each.env_seed,
+        ]
         for each in margins
     ]
 
@@ -240,6 +271,7 @@ def _unpacked(state: Sequence[Any]) -> list[Margin]:
             None
             if prefixes is None
             else tuple(None if ids is None else ids.numpy() for ids in prefixes),
+            *origin,
         )
-        for instruction, prefixes in state
+        for instruction, prefixes, *origin in state
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pz_agents.priorzero.settings import PriorZeroSettings, UniZeroSettings
+from pz_agents.priorzero.settings import GuidedSettings, UniZeroSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ def updates(settings: UniZeroSettings, counters: Mapping[str, int], step: int) -
     world = language = 0
     if step % settings.wm_every == 0:
         world = _rounded(counters["wm_turns"] * settings.replay_ratio)
-    if isinstance(settings, PriorZeroSettings) and not _alternates(settings):
-        due = _trains_language(settings) and step % settings.llm_every == 0
+    if isinstance(settings, GuidedSettings) and not _alternates(settings):
+        due = settings.trains_language and step % settings.llm_every == 0
         if due:
             language = _language(settings, counters["llm_turns"] * settings.replay_ratio)
     return Updates(world, language)
@@ -58,25 +58,20 @@ def counted(
 
 def _alternates(settings: UniZeroSettings) -> bool:
     return (
-        isinstance(settings, PriorZeroSettings)
+        isinstance(settings, GuidedSettings)
         and settings.phase == "alternating"
-        and _trains_language(settings)
+        and settings.trains_language
     )
 
 
-def _trains_language(settings: PriorZeroSettings) -> bool:
-    trained = settings.language is not None and settings.language_learner is not None
-    return trained and settings.wm_llm_ratio < 1
-
-
 def _stretch(settings: UniZeroSettings) -> int:
-    assert isinstance(settings, PriorZeroSettings)
+    assert isinstance(settings, GuidedSettings)
     return settings.phase_updates
 
 
 def _language(settings: UniZeroSettings, world: float) -> int:
     """Return the language model's updates beside ``world`` updates of the world model."""
-    assert isinstance(settings, PriorZeroSettings)
+    assert isinstance(settings, GuidedSettings)
     ratio = settings.wm_llm_ratio
     return _rounded(world * (1 - ratio) / ratio)
 

@@ -106,12 +106,12 @@ def prompt_ids(
     """
     compact = model.template == "compact"
     allowed = model.max_context - room
-    for turns, chars in _cuts(len(history), _COMPACT_CHARS if compact else None):
+    for turns, chars in cuts(len(history), _COMPACT_CHARS if compact else None):
         ids = model.render(
             messages_of(
                 observation if chars is None else observation.strip()[:chars],
                 instruction,
-                commands if chars is None else _kept(commands, chars),
+                commands if chars is None else kept(commands, chars),
                 history[len(history) - turns :],
                 compact=compact,
                 reasoning=reasoning,
@@ -126,7 +126,7 @@ def prompt_ids(
     )
 
 
-def _cuts(turns: int, chars: int | None) -> Iterator[tuple[int, int | None]]:
+def cuts(turns: int, chars: int | None) -> Iterator[tuple[int, int | None]]:
     """Yield how many past turns and how many characters to show, less and less."""
     yield turns, chars
     while turns:
@@ -138,12 +138,12 @@ def _cuts(turns: int, chars: int | None) -> Iterator[tuple[int, int | None]]:
         yield 0, chars
 
 
-def _kept(commands: Sequence[str], chars: int) -> list[str]:
+def kept(commands: Sequence[str], chars: int) -> list[str]:
     """Return the commands from the first on whose letters fit in ``chars``."""
-    kept: list[str] = []
+    shown: list[str] = []
     for command in commands:
         chars -= len(command) + 2
         if chars < 0:
             break
-        kept.append(command)
-    return kept
+        shown.append(command)
+    return shown

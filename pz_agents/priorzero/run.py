@@ -10,17 +10,20 @@ only when several come in a row.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pz_agents.interrupt import Interrupt
 from pz_agents.priorzero import phases
 from pz_agents.priorzero.actor import Actor
 from pz_agents.priorzero.agent import (
@@ -34,15 +37,16 @@ from pz_agents.priorzero.agent import (
 from pz_agents.priorzero.collect import Played, figures_of, mean
 from pz_agents.priorzero.evaluate import evaluate
 from pz_agents.priorzero.games import Game
-from pz_agents.priorzero.guidance import FOLDER, guidance_of, trained_model
+from pz_agents.priorzero.guidance import FOLDER, MakeGuide, guidance_of, trained_model
 from pz_agents.priorzero.memory import Margin, Memory, Waiting
 from pz_agents.priorzero.settings import (
     FREE_TO_CHANGE,
-    PriorZeroSettings,
+    GuidedSettings,
     UniZeroSettings,
     check_resumable,
 )
-from pz_agents.priorzero.telling import PANELS, last_evaluation, progress_line
+from pz_agents.priorzero.telling import PANELS, also_named, last_evaluation, progress_line
+from pz_agents.rollout.store import take_lock
 from pz_agents.training import checkpoint
 from pz_agents.training.monitors import MetricsLog, read_metrics
 from pz_agents.training.plots import plot_panels
@@ -75,11 +79,12 @@ def train(
     resume: str = "auto",
     on_progress: OnProgress | None = None,
     alter: Alter | None = None,
+    guide: MakeGuide = guidance_of,
 ) -> Path:
     """Train until ``settings.steps`` steps are done and return the final policy's folder.
 
     A run that is finished returns at once; one that was cut short goes on from its newest whole
-    checkpoint. Ctrl-C while episodes are played leaves a checkpoint of the last step.
+    checkpoint. Ctrl-C and SIGTERM leave a checkpoint of the last step and raise KeyboardInterrupt.
 
     Args:
         settings: what to do; of UniZero or PriorZero.
@@ -88,16 +93,29 @@ def train(
         on_progress: called after each step with the step, the number of steps, and its metrics
             and timings.
         alter: what to do to a step's episodes before they are remembered, for controls.
+        guide: makes the language model's half.
 
     Raises:
         AgentError: the environment does not list its commands.
         ConfigError: a setting is wrong, or differs from those the run in ``folder`` began with.
         DataError: every checkpoint in ``folder`` is damaged, or the environment's data are missing.
-        InfraError: episodes keep failing.
+        InfraError: another process trains in ``folder``, or episodes keep failing.
     """
-    folder = Path(folder)
     for env in settings.games:
         find(env)
+    with _alone_in(Path(folder)):
+        return _train(settings, Path(folder), resume, on_progress, alter, guide)
+
+
+def _train(
+    settings: UniZeroSettings,
+    folder: Path,
+    resume: str,
+    on_progress: OnProgress | None,
+    alter: Alter | None,
+    guide: MakeGuide,
+) -> Path:
+    """Train from the checkpoint there is until the end."""
     resumed = checkpoint.choose(folder, resume)
     if resumed:
         check_resumable(_read_json(resumed / "policy" / "config.json"), settings, str(folder))
@@ -107,9 +125,10 @@ def train(
         return policy
     write_atomic(folder / "config.json", _config(settings))
     torch.set_num_threads(settings.threads)
-    run = _Run(settings, folder, resumed, alter)
+    run = _Run(settings, folder, resumed, alter, guide)
     try:
-        run.collect_and_learn(on_progress)
+        with Interrupt() as interrupt:
+            run.collect_and_learn(on_progress, interrupt)
     finally:
         run.close()
     checkpoint.write_folder(policy, partial(_copy_policy, folder / "checkpoints"))
@@ -117,10 +136,21 @@ def train(
     return policy
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the run's lock, so that no other process trains in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder / "run.lock", folder, "that trains")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def player(folder: Path, **kwargs: Any) -> UniZeroAgent:
     """Return the agent that plays what was learned in a run's or policy's folder."""
     settings = read_policy(policy_folder(Path(folder))).settings
-    kind = PriorZeroAgent if isinstance(settings, PriorZeroSettings) else UniZeroAgent
+    kind = PriorZeroAgent if isinstance(settings, GuidedSettings) else UniZeroAgent
     return kind(folder=str(folder), **kwargs)
 
 
@@ -133,6 +163,7 @@ class _Run:
         folder: Path,
         resumed: Path | None,
         alter: Alter | None,
+        guide: MakeGuide,
     ) -> None:
         self.settings, self.folder, self.alter = settings, folder, alter
         with torch.random.fork_rng(devices=[]):
@@ -143,7 +174,7 @@ class _Run:
             load_weights(model, start)
         self.learner = WorldModelLearner(model, settings.learner)
         self.replay = Replay(self.texts, settings.replay)
-        self.guidance = guidance_of(settings, start, folder, resumed=resumed is not None)
+        self.guidance = guide(settings, start, folder, resumed=resumed is not None)
         self.memory = Memory(self.replay, self.texts, read_instruction=settings.read_instruction)
         self.waiting = Waiting(self.texts, settings.off_policy)
         self.counters = {
@@ -158,7 +189,12 @@ class _Run:
         self.owed = {"wm_turns": 0, "llm_turns": 0, "stretch": 0}
         commands: Mapping[str, Sequence[int]] = {}
         if resumed:
-            commands = self._load(resumed)
+            try:
+                commands = self._load(resumed)
+            except BaseException:
+                if self.guidance is not None:
+                    self.guidance.close()
+                raise
         self.games = [
             Game(
                 env,
@@ -177,23 +213,27 @@ class _Run:
             self.counters["step"],
             monitor=settings.monitor,
             config=settings.model_dump(mode="json"),
+            also=also_named,
         )
 
     def close(self) -> None:
         """Close the environments and the metrics."""
         for each in self.games:
             each.close()
+        if self.guidance is not None:
+            self.guidance.close()
         self.metrics.close()
 
-    def collect_and_learn(self, on_progress: OnProgress | None) -> None:
+    def collect_and_learn(self, on_progress: OnProgress | None, interrupt: Interrupt) -> None:
         """Take every step that is left, saving now and then and always at the end."""
         settings, counters = self.settings, self.counters
         for step in range(counters["step"] + 1, settings.steps + 1):
             began = time.monotonic()
             played: list[list[Played]] = []
             try:
-                if phases.collects(settings, self.owed):
-                    played = [game.collect(step) for game in self.games]
+                with interrupt.allowed():
+                    if phases.collects(settings, self.owed):
+                        played = [game.collect(step) for game in self.games]
             except KeyboardInterrupt:
                 # Nothing has changed since the last step but the order of new texts.
                 if self.saved < counters["step"]:
@@ -260,7 +300,12 @@ class _Run:
         if self.guidance is not None:
             counters["failed_priors"] += sum(each.failed_priors for each in whole)
         altered = self.alter(segments) if self.alter else segments
-        margins = map(self._margin, whole)
+        margins = [
+            self._margin(each, game.env)
+            for game, mine in zip(self.games, played, strict=True)
+            for each in mine
+            if each.segment is not None
+        ]
         for segment, margin in self.waiting.swap(list(zip(altered, margins, strict=True))):
             self.replay.add(segment)
             self.memory.add(margin)
@@ -277,14 +322,15 @@ class _Run:
             {name: figures[name] for name in sorted(clocked)},
         )
 
-    def _margin(self, played: Played) -> Margin:
+    def _margin(self, played: Played, env: str) -> Margin:
         settings = self.settings
         thinks = (
-            isinstance(settings, PriorZeroSettings)
+            isinstance(settings, GuidedSettings)
             and settings.language is not None
             and settings.language.reasoning
         )
-        return Margin(played.instruction, played.prefixes if thinks else None)
+        prefixes = played.prefixes if thinks else None
+        return Margin(played.instruction, prefixes, env, played.env_seed)
 
     def _learn(self, step: int) -> dict[str, float]:
         """Do the step's updates of both halves; returns means over the updates."""
@@ -292,7 +338,7 @@ class _Run:
         due = phases.updates(settings, self.owed, step)
         random = generator(settings.seed, "language", step)
         lessons = partial(self._lessons, due.language, random)
-        together = isinstance(settings, PriorZeroSettings) and settings.phase == "parallel"
+        together = isinstance(settings, GuidedSettings) and settings.phase == "parallel"
         decisions = lessons() if together else []
         figures = self._learn_world(step, due.world)
         if guidance is not None and due.language:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal, Self
 import pydantic
 
 from pz_agents.config import Settings, parse_settings
+from pz_agents.models.protocol import LanguageModel
 from pz_agents.priorzero import presets
 from pz_agents.priorzero.language_settings import LanguageLearnerSettings
-from pz_agents.priorzero.prior import LanguageSettings
+from pz_agents.priorzero.prior import LanguagePrior, LanguageSettings
 from pz_agents.search.planner import SearchSettings
 from pz_agents.search.priors import PriorSettings
 from pz_agents.training.monitors import MonitorName
@@ -42,6 +43,7 @@ class UniZeroSettings(Settings):
 
     known: ClassVar[Mapping[str, presets.Preset]] = presets.UNIZERO
     foundation: ClassVar[presets.Preset] = {}
+    free: ClassVar[frozenset[str]] = FREE_TO_CHANGE
 
     algorithm: Literal["unizero"] = "unizero"
     """This one."""
@@ -147,20 +149,11 @@ class UniZeroSettings(Settings):
         return presets.composed(cls.known, cls.foundation, values, name)
 
 
-class PriorZeroSettings(UniZeroSettings):
-    """UniZero's settings, and how a language model guides the search and is trained."""
-
-    known: ClassVar[Mapping[str, presets.Preset]] = presets.PRIORZERO
-    foundation: ClassVar[presets.Preset] = presets.FOUNDATION
-
-    algorithm: Literal["priorzero"] = "priorzero"  # type: ignore[assignment]
-    """This one."""
+class GuidedSettings(UniZeroSettings):
+    """UniZero's settings, a language model that guides the search, and when which half learns."""
 
     language: LanguageSettings | None = LanguageSettings()
     """The language model, and how it is asked; None: pure UniZero."""
-
-    language_learner: LanguageLearnerSettings | None = LanguageLearnerSettings()
-    """How it is trained; None: it stays as it is."""
 
     phase: Literal["parallel", "sequential", "alternating"] = "alternating"
     """``parallel``: both learn in a step, from what they were at its beginning; ``sequential``: the
@@ -177,6 +170,15 @@ class PriorZeroSettings(UniZeroSettings):
     llm_every: int = pydantic.Field(default=1, ge=1)
     """As ``wm_every``, for the language model; not in ``alternating``."""
 
+    @property
+    def trains_language(self) -> bool:
+        """Whether the language model learns at all."""
+        return self.language is not None and self.wm_llm_ratio < 1
+
+    def prior(self, model: LanguageModel) -> LanguagePrior:
+        """Return what asks ``model`` for its opinion."""
+        return LanguagePrior(model, self.language or LanguageSettings())
+
     @pydantic.model_validator(mode="after")
     def _check_frequencies(self) -> Self:
         if self.phase == "alternating" and self.llm_every != 1:
@@ -186,6 +188,24 @@ class PriorZeroSettings(UniZeroSettings):
                 "phase=parallel or sequential"
             )
         return self
+
+
+class PriorZeroSettings(GuidedSettings):
+    """A world model guided by a language model, which is trained on what the searches find."""
+
+    known: ClassVar[Mapping[str, presets.Preset]] = presets.PRIORZERO
+    foundation: ClassVar[presets.Preset] = presets.FOUNDATION
+
+    algorithm: Literal["priorzero"] = "priorzero"  # type: ignore[assignment]
+    """This one."""
+
+    language_learner: LanguageLearnerSettings | None = LanguageLearnerSettings()
+    """How it is trained; None: it stays as it is."""
+
+    @property
+    def trains_language(self) -> bool:
+        """Whether the language model learns at all."""
+        return super().trains_language and self.language_learner is not None
 
 
 def check_resumable(saved: Mapping[str, Any], settings: UniZeroSettings, folder: str) -> None:
@@ -203,7 +223,7 @@ def check_resumable(saved: Mapping[str, Any], settings: UniZeroSettings, folder:
     known = {key: value for key, value in saved.items() if key in kind.model_fields}
     then = dict(_flat(parse_settings(kind, {**known, "preset": ""}, folder)))
     now = dict(_flat(settings))
-    free = FREE_TO_CHANGE | ({"steps"} if settings.steps >= then["steps"] else frozenset())
+    free = kind.free | ({"steps"} if settings.steps >= then["steps"] else frozenset())
     for path in sorted(then.keys() | now.keys()):
         old, new = then.get(path), now.get(path)
         if old != new and path.partition(".")[0] not in free:

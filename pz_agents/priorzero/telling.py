@@ -13,10 +13,23 @@ PANELS = (
     "evaluator_step/reward_mean",
     "train/wm_total_loss",
     "train/llm_total_loss",
+    "train/llm_policy_loss",
+    "train/llm_value_loss",
+    "train/llm_reward_mean",
     "collector_iter/visit_entropy_mean",
     "collector_iter/llm_agreement_mean",
 )
 """What is plotted, as far as a run has it."""
+
+
+_GROUPS = {"train/wm_": "train/wm/", "train/llm_": "train/llm/", PREFIX: "evals/"}
+_NAMES = {"train/llm_policy_loss": "train/llm/rft_loss"}
+
+
+def also_named(name: str) -> tuple[str, ...]:
+    """Return the names under which a monitor shows a figure too: those of the public code."""
+    found = [new + name.removeprefix(old) for old, new in _GROUPS.items() if name.startswith(old)]
+    return (*found, *([_NAMES[name]] if name in _NAMES else []))
 
 
 def progress_line(metrics: Mapping[str, float]) -> str:

@@ -85,8 +85,7 @@ class ExperienceStore:
         self._role = role
         self._locks: list[int] = []
         try:
-            for name in ("explorer", "trainer") if role == "both" else (role,):
-                self._locks.append(_lock(self.path, name))
+            self._locks.extend(_lock(self.path, name, role) for name in _names(role))
             with _opening(self.path):
                 self._db = _open(self.path, role)
         except BaseException:
@@ -379,9 +378,45 @@ def _version_min(trajectory: Trajectory) -> int | None:
     return min(versions, default=None)
 
 
-def _lock(path: Path, name: str) -> int:
+def check_free(path: Path, role: Role) -> None:
+    """Say whether the store could be opened as ``role`` now; nothing is made or changed.
+
+    Raises:
+        InfraError: another process has the store open in this role.
+    """
+    for name in _names(role):
+        if _lock_file(path, name).exists():
+            os.close(_lock(path, name, role))
+
+
+def _names(role: Role) -> tuple[str, ...]:
+    return ("explorer", "trainer") if role == "both" else (role,)
+
+
+def _lock_file(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.name}.{name}.lock")
+
+
+def _lock(path: Path, name: str, role: Role) -> int:
     """Take the lock that this process, while it lives, is the store's ``name``."""
-    file = path.with_name(f"{path.name}.{name}.lock")
+    does = "that plays and trains" if role == "both" else f"as its {role}"
+    return take_lock(_lock_file(path, name), path, does)
+
+
+def take_lock(file: Path, what: Path, does: str) -> int:
+    """Take the lock ``file`` for as long as this process lives; a dead holder is no obstacle.
+
+    Args:
+        file: made when it is not there; says who holds it.
+        what: what the lock is of, for the error.
+        does: what this process does with it, for the error of the next.
+
+    Returns:
+        The descriptor to close when the lock is to be given up.
+
+    Raises:
+        InfraError: another process holds the lock.
+    """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -389,10 +424,10 @@ def _lock(path: Path, name: str) -> int:
         holder = os.read(descriptor, 200).decode(errors="replace") or "an unknown process"
         os.close(descriptor)
         raise InfraError(
-            f"{path} is open in {holder} as its {name}; stop that one first, or use another file"
+            f"{what} is open in {holder}; stop that one first, or use another place"
         ) from error
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
+    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename} {does}".encode())
     return descriptor
 
 
@@ -445,7 +480,7 @@ def _set_aside(path: Path, role: Role, error: Exception) -> str:
     if role != "both":
         other = "trainer" if role == "explorer" else "explorer"
         try:
-            os.close(_lock(path, other))
+            os.close(_lock(path, other, role))
         except InfraError as held:
             return f"{path} is damaged ({error}) and in use: {held}"
     aside = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}")

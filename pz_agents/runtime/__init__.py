@@ -44,11 +44,14 @@ class Resources:
 
     cpus, gpus: how many, or a share of one.
     custom: amounts of resources that a cluster's nodes were started with, by name.
+    place: which of the places that were reserved, for the first process that is spawned; the next
+        one has the next place. None: wherever there is room.
     """
 
     cpus: float = 1.0
     gpus: float = 0.0
     custom: Mapping[str, float] = field(default_factory=dict)
+    place: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,24 @@ class Runtime(Protocol):
 
     def pid(self, handle: Handle) -> int:
         """Return the process's id, on the machine where it runs."""
+        ...
+
+    def reserve(self, count: int, each: Resources, own_gpus: float) -> None:
+        """Hold ``count`` places until the runtime is closed; the first is on this machine.
+
+        Args:
+            count: how many places.
+            each: what is held at each.
+            own_gpus: how much of the first place's GPU is this process's, whose CUDA then sees that
+                one alone.
+
+        Raises:
+            ConfigError: there is no room for them.
+        """
+        ...
+
+    def host(self) -> str:
+        """Return the address at which this runtime's processes reach this one."""
         ...
 
     def total(self) -> Resources:

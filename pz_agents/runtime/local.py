@@ -1,7 +1,9 @@
 """The runtime of one machine: a child process an object, reached through a unix socket.
 
-Children are started by exec, never forked, and end with their parent, however it ends. Each handle
-has one thread here that makes its calls in order. Frames are those of the environment workers.
+Children are started by exec, never forked, and end with their parent, however it ends. The parent
+listens before it starts a child, which inherits the socket: whoever connects waits for a child that
+is still starting, and is told at once of one that died. Each handle has one thread here that makes
+its calls in order. Frames are those of the environment workers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,9 @@ from pz_envs.worker_child import encode, receive
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from pz_agents.runtime.local_child import main; main(sys.argv[2], int(sys.argv[3]))"
+    "from pz_agents.runtime.local_child import main; main(*map(int, sys.argv[2:4]), sys.argv[4])"
 )
-_LOOK_SECONDS = 0.02
+_WAITING = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +123,7 @@ class LocalRuntime:
 
         def make() -> Any:
             try:
-                return _exchange(handle, method, args, until, lambda: child.poll() is None)
+                return _exchange(handle, method, args, until)
             except TimeoutError:
                 child.kill()
                 raise LostError(
@@ -169,6 +171,13 @@ class LocalRuntime:
         """Return the child's process id."""
         return self._processes[handle].child.pid
 
+    def reserve(self, count: int, each: Resources, own_gpus: float) -> None:
+        """Hold nothing: all processes share this machine; see ``Runtime``."""
+
+    def host(self) -> str:
+        """Return the loopback's address; see ``Runtime``."""
+        return "127.0.0.1"
+
     def total(self) -> Resources:
         """Return the cores that may be used; GPUs are not counted here."""
         return Resources(cpus=self._cpus)
@@ -188,7 +197,7 @@ class LocalRemote:
         """Call a method and wait; see ``Remote``."""
         where = self._handle.address
         try:
-            return _exchange(self._handle, method, args, time.monotonic() + timeout, None)
+            return _exchange(self._handle, method, args, time.monotonic() + timeout)
         except TimeoutError:
             message = f"{where} did not answer `{method}` within {timeout:g} s"
             raise LostError(message) from None
@@ -196,9 +205,7 @@ class LocalRemote:
             raise LostError(f"nobody answers at {where}: {error}") from None
 
 
-def _exchange(
-    handle: Handle, method: str, args: Any, until: float, alive: Callable[[], bool] | None
-) -> Any:
+def _exchange(handle: Handle, method: str, args: Any, until: float) -> Any:
     """Send one call and return its answer.
 
     Args:
@@ -206,24 +213,14 @@ def _exchange(
         method: its name.
         args: of the call.
         until: the moment, by the monotonic clock, when time is over.
-        alive: whether it is worth waiting for the socket of a child that is starting; None: no.
 
     Raises:
         OSError: nobody is there, or not in time (TimeoutError).
     """
     sent = [{"$shared": a.path} if isinstance(a, _Shared) else a for a in args]
     with socket.socket(socket.AF_UNIX) as connection:
-        while True:
-            try:
-                connection.connect(handle.address.removeprefix("local:"))
-                break
-            except (FileNotFoundError, ConnectionRefusedError):
-                if alive is None or not alive():
-                    raise
-            if time.monotonic() > until:
-                raise TimeoutError
-            time.sleep(_LOOK_SECONDS)
         connection.settimeout(max(until - time.monotonic(), 0.001))
+        connection.connect(handle.address.removeprefix("local:"))
         connection.sendall(encode([method, sent]))
         reply = receive(connection, lambda: until - time.monotonic())
     return answered(reply, f"`{method}` of {handle.name}")
@@ -232,15 +229,19 @@ def _exchange(
 def _start(handle: Handle, first: bytes) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a child and return it with the socket whose end tells it that its parent has gone."""
     path = handle.address.removeprefix("local:")
-    _remove(path)
     places = json.dumps([os.path.abspath(entry) for entry in sys.path])
     ours, theirs = socket.socketpair()
-    with theirs:
+    # The child alone keeps the listener open, so that whoever waits is told of its death.
+    with theirs, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{path}.new")
+        listener.listen(_WAITING)
+        os.rename(f"{path}.new", path)
+        passed = (theirs.fileno(), listener.fileno())
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, places, path, str(theirs.fileno())],
+            [sys.executable, "-P", "-c", _CHILD, places, *map(str, passed), os.path.dirname(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=passed,
             env={**dict.fromkeys(_ONE_THREAD, "1"), **os.environ},
             start_new_session=True,
         )

@@ -19,29 +19,26 @@ from pz_agents.runtime import described, served
 from pz_envs.worker_child import encode, load_factory, receive
 
 
-def main(path: str, descriptor: int) -> None:
+def main(line: int, listening: int, folder: str) -> None:
     """Build the object that the parent names and serve it.
 
     Args:
-        path: of the socket to listen on.
-        descriptor: of the socket that the parent holds the other end of.
+        line: descriptor of the socket that the parent holds the other end of.
+        listening: descriptor of the socket that callers connect to, and have perhaps already.
+        folder: of the parent's sockets.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    parent = socket.socket(fileno=descriptor)
+    parent, listener = socket.socket(fileno=line), socket.socket(fileno=listening)
+    for each in (parent, listener):
+        each.set_inheritable(False)  # or a child of this process would seem to be listening
     first = receive(parent)
-    watched = (parent, os.path.dirname(path))
-    threading.Thread(target=_end_with_parent, args=watched, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent, folder), daemon=True).start()
     target: Any = None
     failure: list[str] | None = None
     try:
         target = load_factory(first["factory"])(**first["kwargs"])
     except Exception as error:  # the process boundary: whoever calls is told
         failure = described(error)
-    listener = socket.socket(socket.AF_UNIX)
-    # Under another name first: who finds the socket finds it listening.
-    listener.bind(f"{path}.new")
-    listener.listen(64)
-    os.rename(f"{path}.new", path)
     turn = threading.Lock()
     while True:
         connection, _ = listener.accept()

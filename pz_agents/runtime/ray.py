@@ -8,6 +8,7 @@ needs ray as well, is at the end of this file.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -15,10 +16,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from pz_agents.interrupt import Terminated
 from pz_agents.runtime import (
     CALL_SECONDS,
     Event,
@@ -39,6 +42,8 @@ INSTALL = "pz-agents[ray]"
 
 _STORE_BYTES = 200 << 20
 _FREE_SECONDS = 30.0
+_PLACE_SECONDS = 120.0
+_CUDA = "CUDA_VISIBLE_DEVICES"
 
 
 class Host:
@@ -71,6 +76,17 @@ class Host:
         """Never answer: the reference to this answer is ready when the actor has died."""
         while True:
             time.sleep(3600)
+
+
+class Seat:
+    """Keeps a GPU, or a share of one, for the driver, which is no actor itself."""
+
+    def __init__(self, number: int) -> None:
+        pass
+
+    def devices(self) -> str:
+        """Return the GPU's name for CUDA."""
+        return os.environ.get(_CUDA, "")
 
 
 class _Actor:
@@ -138,6 +154,8 @@ class RayRuntime:
         self._space = f"pz-{uuid.uuid4().hex[:12]}"
         self._actors: dict[Handle, _Actor] = {}
         self._numbers = itertools.count()
+        self._places: Any = None
+        self._cuda_before: list[str | None] = []
         self._actor_class = self.ray.remote(
             concurrency_groups={"pid": 1, "stay": 1}, max_restarts=0, max_task_retries=0
         )(_grouped(self.ray))
@@ -157,14 +175,18 @@ class RayRuntime:
             name = f"{factory.rpartition(':')[2].lower()}-{next(self._numbers)}"
             handle = Handle(name, f"ray:{self._space}/{name}")
             given = {**(kwargs or {}), "number": number}
+            strategy = None if asked.place is None else self._at(asked.place + number)
 
-            def start(name: str = name, given: dict[str, Any] = given) -> Any:
+            def start(
+                name: str = name, given: dict[str, Any] = given, strategy: Any = strategy
+            ) -> Any:
                 options = self._actor_class.options(
                     name=name,
                     namespace=self._space,
                     num_cpus=asked.cpus,
                     num_gpus=asked.gpus,
                     resources=dict(asked.custom) or None,
+                    scheduling_strategy=strategy,
                 )
                 return options.remote(factory, given, path)
 
@@ -218,6 +240,37 @@ class RayRuntime:
         """Return the process id of the actor, on its node."""
         return int(self.ray.get(self._actors[handle].actor.pid.remote(), timeout=CALL_SECONDS))
 
+    def reserve(self, count: int, each: Resources, own_gpus: float) -> None:
+        """Hold a placement group; see ``Runtime``."""
+        amounts = {"CPU": each.cpus, "GPU": each.gpus, **each.custom}
+        bundles = [{name: amount for name, amount in amounts.items() if amount}] * count
+        # Every node has a resource of its own name.
+        bundles[0] = {**bundles[0], f"node:{self.host()}": 0.001}
+        self._places = self.ray.util.placement_group(bundles)
+        if not self._places.wait(_PLACE_SECONDS):
+            there = self.total()
+            raise ConfigError(
+                f"the cluster has no room for {count} places with {amounts} each, the first of "
+                f"them on this machine; it has {there.cpus:g} CPUs and {there.gpus:g} GPUs in all. "
+                "Ask for less in `resources`, or set fewer `engines` and `learner_ranks`"
+            )
+        if own_gpus:
+            asked = Resources(cpus=0.0, gpus=own_gpus, place=0)
+            (seat,) = self.spawn("pz_agents.runtime.ray:Seat", 1, asked)
+            self._cuda_before = [os.environ.get(_CUDA)]
+            os.environ[_CUDA] = self.call(seat, "devices").result()
+
+    def _at(self, place: int) -> Any:
+        """Return Ray's form of a place that is held."""
+        strategies = require("ray.util.scheduling_strategies", INSTALL)
+        return strategies.PlacementGroupSchedulingStrategy(
+            self._places, placement_group_bundle_index=place
+        )
+
+    def host(self) -> str:
+        """Return this node's address as the cluster knows it; see ``Runtime``."""
+        return str(self.ray.util.get_node_ip_address())
+
     def total(self) -> Resources:
         """Return what the cluster's nodes have."""
         found = dict(self.ray.cluster_resources())
@@ -229,6 +282,14 @@ class RayRuntime:
             actor.wanted = False
             self.end(handle)
         self._actors.clear()
+        if self._places is not None:
+            self.ray.util.remove_placement_group(self._places)
+            self._places = None
+        for before in self._cuda_before:
+            os.environ.pop(_CUDA, None)
+            if before is not None:
+                os.environ[_CUDA] = before
+        self._cuda_before = []
         if self._owns:
             self._owns = False
             self.ray.shutdown()
@@ -283,6 +344,7 @@ def _init(ray: Any, address: str, cpus: int | None) -> None:
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
         }
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -290,6 +352,10 @@ def _init(ray: Any, address: str, cpus: int | None) -> None:
             f"no Ray answers at `{address}` ({error}). Start one: ray start --head; or use the "
             "runtime `ray`, which starts its own"
         ) from error
+    finally:
+        # Ray leaves a handler that exits at once, without a checkpoint.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_sigterm)
 
 
 def search(
@@ -321,7 +387,6 @@ def search(
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    at_ctrl_c = signal.getsignal(signal.SIGINT)
     opened = RayRuntime(runtime.partition(":")[2] or "local")
     try:
         tune = require("ray.tune", INSTALL)
@@ -344,11 +409,38 @@ def search(
                     name=folder.name, storage_path=str(folder.parent), verbose=0
                 ),
             )
-        return [_ended(result) for result in tuner.fit()]
+        with _stopped_by_signals():
+            results = tuner.fit()
+        return [_ended(result) for result in results]
     finally:
         opened.close()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, at_ctrl_c)  # Tune leaves its own behind
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM end Tune as Ctrl-C does, with its state saved, and raise what came at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    at_ctrl_c = signal.getsignal(signal.SIGINT)
+    at_sigterm = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+        # Tune puts its handler there and takes it away when a signal came.
+        if signal.getsignal(signal.SIGINT) is at_ctrl_c:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt as stopped:
+        raise (Terminated if terminated else type(stopped)) from None
+    finally:
+        signal.signal(signal.SIGINT, at_ctrl_c)
+        signal.signal(signal.SIGTERM, at_sigterm)
 
 
 def _run_trial(config: Mapping[str, Any]) -> None:

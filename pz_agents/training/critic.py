@@ -9,7 +9,6 @@ full memory, the guard and the schedule are the learner's own (``update.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,6 @@ from pz_envs.seeding import derive_seed
 
 GOES_ON = ("turns", "tokens", "time")
 """Limits after which an episode could have gone on; being cut for what was said is an end."""
-
-
-@dataclass(slots=True, eq=False)
-class CriticRows(StepRows):
-    """Rows with what the critic is to learn; both tensors are [N, L], by row."""
-
-    values: Tensor | None = None
-    returns: Tensor | None = None
 
 
 class Critic(Updater):
@@ -103,9 +94,13 @@ class Critic(Updater):
         learned = self.learn(estimate.rows, values, estimate.returns)
         return estimate.rows, {**estimate.stats, **learned}
 
-    @torch.no_grad()
     def values(self, rows: Sequence[TrainRow]) -> list[NDArray[np.float32]]:
         """Return the value [L] of what was there before each sampled token, 0 elsewhere."""
+        return self.per_token(rows) if self.team is None else self.team.per_token(self, rows)
+
+    @torch.no_grad()
+    def per_token(self, rows: Sequence[TrainRow]) -> list[NDArray[np.float32]]:
+        """Return ``values``, all of them worked out here."""
         found = [np.empty(0, np.float32)] * len(rows)
         for batch in self._batches(rows):
             values = values_of(self.module, batch, self.autocast).cpu().numpy()
@@ -128,27 +123,8 @@ class Critic(Updater):
         """
         if not rows:
             return {}
-        step = self.step_rows(rows)
-        step = CriticRows(
-            rows=step.rows,
-            groups=step.groups,
-            minibatches=step.minibatches,
-            totals=step.totals,
-            old=None,
-            reference=None,
-            values=self._tensor(values),
-            returns=self._tensor(returns),
-        )
-        updates = []
-        for _ in range(self.settings.updates_per_step):
-            if not len(step.numbers):
-                step.updates += 1  # fewer rows than mini-batches
-                continue
-            self.accumulate(step)
-            updates.append(self.before_update())
-            self.optimizer.step()
-            self.module.zero_grad(set_to_none=True)
-        metrics = self.step_metrics(updates)
+        step = self.step_rows(rows, {"values": values, "returns": returns})
+        metrics = self.step_metrics(self.take(step))
         names = {
             "loss": "value_loss",
             "value_clip": "value_clip",
@@ -215,23 +191,14 @@ class Critic(Updater):
             ids, mask, zeros, numbers, numbers, zeros, row.trajectory_id, row.group_id, zeros
         )
 
-    def _tensor(self, arrays: Sequence[NDArray[np.float32]]) -> Tensor:
-        padded = np.zeros((len(arrays), max(len(each) for each in arrays)), np.float32)
-        for place, each in enumerate(arrays):
-            padded[place, : len(each)] = each
-        return torch.from_numpy(padded).to(self.device)
-
     def _share(self, step: StepRows, batch: MicroBatch) -> Tensor:
         """Return this micro-batch's share of the critic's loss and remember its figures."""
-        assert isinstance(step, CriticRows)
-        assert step.values is not None
-        assert step.returns is not None
         mask = batch.mask
         width = slice(0, mask.shape[1])
         value, stats = self._rule.loss(
             values_of(self.module, batch, self.autocast),
-            step.values[batch.numbers, width],
-            step.returns[batch.numbers, width],
+            step.targets["values"][batch.numbers, width],
+            step.targets["returns"][batch.numbers, width],
             mask,
             step.totals,
             self._options,

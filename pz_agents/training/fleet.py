@@ -13,14 +13,15 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pz_agents.rollout.codec import decode
-from pz_agents.runtime import Call, Handle, LostError, Resources, Runtime
+from pz_agents.runtime import Call, Handle, LostError, Runtime
 from pz_agents.sdk.types import Trajectory
+from pz_agents.training.placement import resources_of, take_places
 from pz_agents.training.settings import TrainSettings
 from pz_agents.training.worker import pack_files
 from pz_envs.errors import InfraError
@@ -114,13 +115,15 @@ class Fleet:
         runtime: where they live.
 
     Attributes:
+        runtime: the same.
         requested: number of the last batch that was asked for.
         replaced: how many workers and engines were replaced.
     """
 
     def __init__(self, settings: TrainSettings, runtime: Runtime) -> None:
         self._settings = settings
-        self._runtime = runtime
+        self.runtime = self._runtime = runtime
+        take_places(settings, runtime)
         self.requested = 0
         self.replaced = 0
         self._queue: deque[Share] = deque()
@@ -130,7 +133,7 @@ class Fleet:
             for handle in runtime.spawn(
                 ENGINE,
                 settings.engines,
-                resources_of(settings, "engine"),
+                resources_of(settings, "engine", runtime),
                 {"model": settings.model, "threads": settings.threads},
             )
         ]
@@ -139,7 +142,7 @@ class Fleet:
             "engines": [engine.handle.address for engine in self._engines],
         }
         spawned = runtime.spawn(
-            WORKER, max(settings.workers, 1), resources_of(settings, "worker"), given
+            WORKER, max(settings.workers, 1), resources_of(settings, "worker", runtime), given
         )
         self._workers = [_Worker(handle) for handle in spawned]
 
@@ -296,13 +299,3 @@ class Fleet:
     def _replace(self, handle: Handle) -> None:
         self.replaced += 1
         self._runtime.restart(handle)
-
-
-def resources_of(settings: TrainSettings, kind: Literal["worker", "engine"]) -> Resources:
-    """Return what each worker or engine is given.
-
-    ``cpus`` and ``gpus`` are those; every other name is a resource of a cluster's nodes.
-    """
-    given: Mapping[str, float] = settings.resources.get(kind, {})
-    custom = {name: amount for name, amount in given.items() if name not in ("cpus", "gpus")}
-    return Resources(given.get("cpus", 1.0), given.get("gpus", 0.0), custom)

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class MetricsLog:
         steps_done: lines of later steps are dropped.
         monitor: what gets the figures too.
         config: the run's settings, for monitors that show them.
+        also: gives the other names under which the monitor shows a figure.
 
     Raises:
         ConfigError: the monitor's package is not installed.
@@ -45,7 +46,9 @@ class MetricsLog:
         *,
         monitor: MonitorName = "none",
         config: Mapping[str, Any] | None = None,
+        also: Callable[[str], Sequence[str]] = lambda name: (),
     ) -> None:
+        self._also = also
         self._monitor = _MONITORS[monitor](folder, steps_done, config or {})
         self._files = [
             _reopen(folder / name, steps_done) for name in ("metrics.jsonl", "timings.jsonl")
@@ -59,6 +62,7 @@ class MetricsLog:
             file.flush()
         figures = {**metrics, **timings}
         del figures["step"]
+        figures |= {new: value for name, value in figures.items() for new in self._also(name)}
         self._guarded("log", figures, step)
 
     def sync(self) -> None:

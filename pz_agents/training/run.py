@@ -11,29 +11,28 @@ is lost or trained on twice.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import shutil
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pz_agents.interrupt import Interrupt
 from pz_agents.rollout import ExperienceStore, Lease
 from pz_agents.rollout.budget import FailureBudget
-from pz_agents.rollout.store import Role
+from pz_agents.rollout.store import Role, check_free
+from pz_agents.runtime import LostError, open_runtime
 from pz_agents.sdk.types import Trajectory
 from pz_agents.training import checkpoint
 from pz_agents.training.disk import full_disk_told, room_for_another
 from pz_agents.training.fleet import Fleet, capacity
 from pz_agents.training.mixture import env_row
 from pz_agents.training.monitors import MetricsLog, read_metrics
+from pz_agents.training.placement import take_places
 from pz_agents.training.player import Player, episode_figures
 from pz_agents.training.plots import plot_metrics
 from pz_agents.training.settings import TrainSettings, check_resumable, resolved
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from pz_agents.algorithms.rows import TrainRow
     from pz_agents.sdk.types import Trajectory
     from pz_agents.training.critic import Critic
+    from pz_agents.training.ranks import Team
     from pz_agents.training.trl_learner import Learner
     from pz_agents.training.update import Updater
 
@@ -54,6 +54,10 @@ OnProgress = Callable[[int, int, Mapping[str, float]], None]
 
 _logger = logging.getLogger(__name__)
 _steps = logging.getLogger(f"{__name__}.steps")
+
+
+MOST_RESTARTS = 3
+"""How often a run goes on by itself after a learner rank was lost."""
 
 
 def train(
@@ -68,7 +72,8 @@ def train(
     """Train until ``settings.steps`` steps are done and return the final policy's folder.
 
     A run that is finished returns at once; one that was cut short goes on from its newest whole
-    checkpoint. Ctrl-C and SIGTERM leave a checkpoint of the last step and raise KeyboardInterrupt.
+    checkpoint. Ctrl-C and SIGTERM leave a checkpoint of the last step and raise KeyboardInterrupt,
+    of SIGTERM its subclass ``Terminated``.
 
     Args:
         settings: what to do.
@@ -86,10 +91,39 @@ def train(
         DataError: every checkpoint in ``folder`` is damaged.
         InfraError: another process trains in ``folder``, or episodes keep failing.
         ModelError: the model cannot be trained, or its loss is no longer finite.
+        LostError: a learner rank died, again and again; the same call resumes the run.
     """
+    for restarts in range(MOST_RESTARTS):
+        try:
+            return _train(settings, folder, resume, on_progress, wait, fleet)
+        except LostError as error:
+            if fleet is not None and settings.batches_ahead:
+                raise  # what it plays now may be of weights that the checkpoint has not seen
+            _logger.warning(
+                "%s; going on from the last checkpoint (%d of %d)",
+                error,
+                restarts + 1,
+                MOST_RESTARTS,
+            )
+        resume = "auto"
+    return _train(settings, folder, resume, on_progress, wait, fleet)
+
+
+def _train(
+    settings: TrainSettings,
+    folder: Path,
+    resume: str,
+    on_progress: OnProgress | None,
+    wait: Callable[[int, int], None] | None,
+    fleet: Fleet | None,
+) -> Path:
+    """Train from the checkpoint there is until the end, or until a learner rank is lost."""
     folder = Path(folder)
     config = json.dumps(resolved(settings), indent=1)
     env_row(settings.env)
+    role: Role = "both" if wait is None else "trainer"
+    # Nothing in the folder of a run that is going on is moved or written over.
+    check_free(folder / "experience.db", role)
     if resume == "never" and (folder / "experience.db").exists():
         with contextlib.suppress(DataError):
             ExperienceStore(folder / "experience.db").close()
@@ -103,15 +137,15 @@ def train(
     if resumed and done >= settings.steps and not checkpoint.problems(policy):
         return policy
     require("trl", "pz-agents[train]")
-    write_atomic(folder / "config.json", config)
-    role: Role = "both" if wait is None else "trainer"
     with (
         full_disk_told(folder),
         _log_to(folder / "logs"),
         _open_store(folder, resumed, role) as store,
-        _Interrupt() as interrupt,
+        Interrupt() as interrupt,
+        _team(settings, fleet) as team,
     ):
-        run = _Run(settings, folder, store, interrupt, resumed, wait, fleet)
+        write_atomic(folder / "config.json", config)
+        run = _Run(settings, folder, store, interrupt, resumed, wait, fleet, team)
         try:
             if not run.stopper.stopped:
                 run.play_and_learn(on_progress)
@@ -132,12 +166,14 @@ class _Run:
         settings: TrainSettings,
         folder: Path,
         store: ExperienceStore,
-        interrupt: _Interrupt,
+        interrupt: Interrupt,
         resumed: Path | None,
         wait: Callable[[int, int], None] | None,
         fleet: Fleet | None,
+        team: Team | None,
     ) -> None:
         from pz_agents.training.trl_learner import Learner
+        from pz_agents.training.update import objective
 
         self.settings = settings
         self.folder = folder
@@ -145,31 +181,30 @@ class _Run:
         self.interrupt = interrupt
         self.wait = wait
         self.fleet = fleet
+        self.team = team
         self.in_turn = wait is None and (fleet is None or settings.batches_ahead == 0)
         self.budget = FailureBudget()
         self.done = self.saved = checkpoint.step_of(resumed) if resumed else 0
         self.stopper = Stopper(settings.early_stopping)
         self.player = Player(settings)
         self.policy = self.player.policy
-        network, options = self.policy.network, self.player.options
         # The critic copies the weights as they are before any adapter.
         self.critic = self._critic()
-        reference = None
-        if getattr(options, "beta", 0.0) or settings.kl_reward:
-            # A module with an adapter is its own reference without it.
-            adapted = settings.lora_rank > 0
-            reference = network if adapted else copy.deepcopy(network).requires_grad_(False)
+        goal = objective(settings, self.policy.network)
         self.learner: Learner = Learner(
-            network,
+            self.policy.network,
             self.policy.chat.tokenizer,
             settings,
-            partial(self.player.algorithm.loss, options=options),
-            reference,
-            entropy_gradient=bool(getattr(options, "entropy_coef", 0.0)),
+            goal.loss,
+            goal.reference,
+            entropy_gradient=goal.entropy_gradient,
         )
         self.policy.autocast = self.learner.autocast
         if resumed:
             self._load(resumed)
+        if team is not None:
+            team.join({"policy": self.learner, **({"critic": self.critic} if self.critic else {})})
+        self.whole = [updater.state() for updater in self._updaters()]
         self.policy.version = self.learner.updates
         # Without a checkpoint nothing that is stored belongs to this run's history, but for what
         # an explorer played with the weights that the run begins with.
@@ -196,6 +231,7 @@ class _Run:
             self._publish(step)
             self.store.ack(self.lease, step, settings.max_uses)
             self.done = step
+            self.whole = [updater.state() for updater in self._updaters()]
             self.rewards.append(self.figures["reward"])
             metrics = {"step": step, **self.figures, **learned}
             due = step % settings.save_every == 0 or step == settings.steps
@@ -210,6 +246,8 @@ class _Run:
             }
             self.metrics.write(metrics, timings)
             stops = self.stopper.observe(metrics)
+            if self.team is not None and (due or stops):
+                self.team.check()
             if due or stops:
                 self.save(score)
             told = {**metrics, **timings}
@@ -221,16 +259,19 @@ class _Run:
         self._publish(self.done)
         try:
             self.learner.run(self.done + 1, settings.steps, self.collect, after_step, self.folder)
-        except BaseException:
+        except BaseException as error:
             # While episodes are played the weights are those of the last whole step.
-            if self.interrupt.may_raise and self.done > self.saved:
+            whole = self.interrupt.may_raise or (isinstance(error, LostError) and self._is_whole())
+            if whole and self.done > self.saved:
                 self.save()
+            if isinstance(error, LostError) and self.interrupt.requested:
+                raise self.interrupt.requested from error
             raise
         if self.stopper.stopped:
             _logger.warning("stopped early after step %d: %s", self.done, settings.early_stopping)
-        elif self.done < settings.steps:
+        elif self.interrupt.requested and self.done < settings.steps:
             self.save()
-            raise KeyboardInterrupt
+            raise self.interrupt.requested
 
     def collect(self, step: int) -> Sequence[TrainRow]:
         """Get the step's episodes through the store and return their rows."""
@@ -287,6 +328,17 @@ class _Run:
 
     def _updaters(self) -> list[Updater]:
         return [self.learner, *([self.critic] if self.critic else [])]
+
+    def _is_whole(self) -> bool:
+        """Whether no weight has moved since the last whole step; the counters go back to it."""
+        updaters = self._updaters()
+        if any(
+            now.updates != then["updates"] for now, then in zip(updaters, self.whole, strict=True)
+        ):
+            return False
+        for updater, then in zip(updaters, self.whole, strict=True):
+            updater.load_counters(then)
+        return True
 
     def _gather(self, step: int) -> int:
         """Have enough groups in the store; returns how many were too old to be used."""
@@ -401,45 +453,22 @@ class _Run:
         )
 
 
-class _Interrupt:
-    """Turns Ctrl-C and SIGTERM into a stop between steps, at once while episodes are played."""
+@contextlib.contextmanager
+def _team(settings: TrainSettings, fleet: Fleet | None) -> Iterator[Team | None]:
+    """Hold the other learner ranks, where the settings ask for any."""
+    if settings.learner_ranks == 1 and not settings.colocate_all:
+        yield None
+        return
+    from pz_agents.training.ranks import Team
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.may_raise = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    @contextlib.contextmanager
-    def allowed(self) -> Iterator[None]:
-        """Let a signal raise KeyboardInterrupt at once inside this block.
-
-        When the block raises, ``may_raise`` stays True: the weights are those of a whole step.
-        """
-        self.may_raise = True
-        if self.requested:
-            raise KeyboardInterrupt
-        yield
-        self.may_raise = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        # A second signal does what it did before.
-        self._restore()
-        if self.may_raise:
-            raise KeyboardInterrupt
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+    with contextlib.ExitStack() as stack:
+        if fleet is None:
+            runtime = stack.enter_context(contextlib.closing(open_runtime(settings.runtime)))
+            take_places(settings, runtime)
+        else:
+            runtime = fleet.runtime
+        team = stack.enter_context(contextlib.closing(Team(settings, runtime)))
+        yield team if team.size > 1 else None
 
 
 def _open_store(folder: Path, resumed: Path | None, role: Role) -> ExperienceStore:

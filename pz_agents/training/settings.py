@@ -31,6 +31,8 @@ FREE_TO_CHANGE = frozenset(
         "engines",
         "resources",
         "worker_seconds",
+        "learner_ranks",
+        "colocate_all",
     }
 )
 """Settings that a resumed run may change, because no weight depends on them."""
@@ -194,12 +196,22 @@ class TrainSettings(Settings):
     engines: int = pydantic.Field(default=0, ge=0)
     """Processes with a model that the workers share; 0: each worker has its own."""
 
-    resources: Mapping[Literal["worker", "engine"], Mapping[str, float]] = {}
-    """What each worker and engine is given on a cluster: `cpus` (1), `gpus` (0), or a resource of
-    its nodes by name, e.g. `{"engine": {"gpus": 1}}`."""
+    learner_ranks: int = pydantic.Field(default=1, ge=0)
+    """Processes that learn together, each from its share of the rows (this one is the first); 0:
+    one for each GPU that workers and engines leave."""
+
+    colocate_all: bool = False
+    """Each engine shares its GPU (without GPUs its CPUs) with a learner rank; there are then as
+    many ranks as engines."""
+
+    resources: Mapping[Literal["worker", "engine", "rank"], Mapping[str, float]] = {}
+    """What each worker, engine and learner rank is given on a cluster: `cpus` (1), `gpus` (0; a
+    rank 1 where there are any), or a resource of its nodes by name, e.g.
+    `{"engine": {"gpus": 1}}`."""
 
     worker_seconds: float = pydantic.Field(default=3600.0, gt=0)
-    """How long a worker may take over its share of a batch before it is replaced."""
+    """How long a worker may take over its share of a batch before it is replaced, and a learner
+    rank over a step."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -242,6 +254,18 @@ class TrainSettings(Settings):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _check_places(self) -> TrainSettings:
+        if self.colocate_all and self.learner_ranks not in (0, self.engines):
+            raise ConfigError(
+                f"`colocate_all` puts an engine and a learner rank on each GPU, and there are "
+                f"{self.engines} `engines` and {self.learner_ranks} `learner_ranks`; set both to "
+                "the number of GPUs"
+            )
+        if self.colocate_all and not self.engines:
+            raise ConfigError("`colocate_all` needs `engines`: one for each GPU; there are none")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_that_something_pays(self) -> TrainSettings:
         answers = [source.output for source in self.datasets if source.split == "train"]
         if answers and not any(answers) and not (self.reward_function or self.reward_model):
@@ -267,6 +291,10 @@ class TrainSettings(Settings):
         return (self.max_staleness + 1) // self.max_uses - 1
 
 
+_SELECT_BY_REWARD = ("raft", "raft-pp", "opmd-reweight", "r3l")
+"""What they accept or weight depends on whether a reward reaches a mark."""
+
+
 def algorithm_options(settings: TrainSettings) -> Settings:
     """Return the algorithm's options with the user's changes.
 
@@ -283,6 +311,12 @@ def algorithm_options(settings: TrainSettings) -> Settings:
             f"`{getattr(options, 'form', '')}` of {settings.algorithm} has none a token; set it "
             "to none, or the form to simple"
         )
+    if settings.learner_ranks != 1 and getattr(options, "form", "") == "pairwise":
+        raise ConfigError(
+            f"`learner_ranks` is {settings.learner_ranks}, and the form `pairwise` of "
+            f"{settings.algorithm} compares rows that would be on different ranks; set it to 1, or "
+            "the form to simple or squared"
+        )
     if settings.group_size == 1 and algorithm.critic is None:
         raise ConfigError(
             f"`group_size` is 1, and {settings.algorithm} compares the attempts at one task; set "
@@ -292,6 +326,12 @@ def algorithm_options(settings: TrainSettings) -> Settings:
         raise ConfigError(
             f"`kl_target` ({settings.kl_target:g}) steers the weight `kl_reward`, which is 0; "
             "set that too (0.05 is usual)"
+        )
+    if settings.kl_reward and settings.algorithm in _SELECT_BY_REWARD:
+        raise ConfigError(
+            f"`kl_reward` ({settings.kl_reward:g}) changes rewards, and {settings.algorithm} "
+            "selects what it learns from by the reward itself; set it to 0, or take another, "
+            "e.g. grpo or ppo"
         )
     beta = getattr(options, "beta", 0.0)
     if settings.kl_reward and beta:

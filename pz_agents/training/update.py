@@ -9,20 +9,23 @@ because they must be saved and resumed exactly.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pz_agents.algorithms import load_algorithm
 from pz_agents.algorithms.corrections import mismatch, rollout_weights
 from pz_agents.algorithms.gae import adapted
 from pz_agents.algorithms.losses import MAX_LOG_RATIO, Loss, Tokens, Totals, aggregate, keep
@@ -42,8 +45,12 @@ from pz_agents.training.batching import (
 )
 from pz_agents.training.memory import advice, savings
 from pz_agents.training.schedules import Schedule
-from pz_agents.training.settings import TrainSettings
+from pz_agents.training.settings import TrainSettings, algorithm_options
 from pz_envs.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from pz_agents.training.group import Group
+    from pz_agents.training.ranks import Team
 
 MOST_SKIPS = 5
 """So many non-finite updates in a row end the run."""
@@ -59,9 +66,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class StepRows:
-    """The rows of a step and what was worked out about them in the first pass.
+    """This process's rows of a step and what was worked out about them in the first pass.
 
-    minibatches: the rows of each update of a pass. totals: of the update that is being taken.
+    groups: the number of each row's group. minibatches: the rows of each update of a pass.
+    sums: of each mini-batch, over the rows of all ranks; so is sizes, their number of rows.
+    targets: [N, L] what a critic learns, by name.
     old: [N, L] the learner's log-probs before its first update, where a correction needs them.
     reference: [N, L] the reference's, where there is one. updates: how many were taken.
     """
@@ -69,10 +78,22 @@ class StepRows:
     rows: Sequence[TrainRow]
     groups: Sequence[int]
     minibatches: Sequence[NDArray[np.intp]]
-    totals: Totals
-    old: Tensor | None
-    reference: Tensor | None
+    sums: Sequence[Totals]
+    sizes: Sequence[int]
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    old: Tensor | None = None
+    reference: Tensor | None = None
     updates: int = 0
+
+    @property
+    def totals(self) -> Totals:
+        """What the update that is being taken holds."""
+        return self.sums[self.updates % len(self.minibatches)]
+
+    @property
+    def size(self) -> int:
+        """The number of its rows, over all ranks."""
+        return self.sizes[self.updates % len(self.minibatches)]
 
     @property
     def numbers(self) -> NDArray[np.intp]:
@@ -85,11 +106,35 @@ class StepRows:
         return self.updates < len(self.minibatches)
 
 
+class Objective(NamedTuple):
+    """What an ``Updater`` of a run's policy is given beside the network and the settings."""
+
+    loss: LossFunction
+    reference: torch.nn.Module | None
+    entropy_gradient: bool
+
+
+def objective(settings: TrainSettings, network: Any) -> Objective:
+    """Return what the settings' algorithm wants of ``network``, whose weights are the first ones.
+
+    A module with an adapter is its own reference, without it.
+    """
+    options = algorithm_options(settings)
+    reference = None
+    if getattr(options, "beta", 0.0) or settings.kl_reward:
+        adapted = settings.lora_rank > 0
+        reference = network if adapted else copy.deepcopy(network).requires_grad_(False)
+    loss = partial(load_algorithm(settings.algorithm).loss, options=options)
+    return Objective(loss, reference, bool(getattr(options, "entropy_coef", 0.0)))
+
+
 class Updater:
     """A module with its optimizer, its schedule and its counters.
 
     ``updates`` counts optimizer steps taken, ``skipped`` those that were not: nothing to train on,
     or a loss or gradient that was not finite. ``budget`` is the most tokens of a micro-batch.
+    ``group`` are the ranks that gradients are added up over, and ``team`` hands the rows out, on
+    rank 0; both are None where one process learns.
     """
 
     def __init__(
@@ -135,6 +180,8 @@ class Updater:
         self._skips_in_a_row = 0
         self._told_of_gap = False
         self._sums: defaultdict[str, Tensor | float] = defaultdict(float)
+        self.group: Group | None = None
+        self.team: Team | None = None
 
     def _add_adapter(self, seed: int) -> None:
         add_adapter(self.module, self.settings.lora_rank, seed)
@@ -153,6 +200,11 @@ class Updater:
 
     def load_state(self, state: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
         """Go on from ``state()`` and the optimizer's ``state_dict()``."""
+        self.load_counters(state)
+        self.optimizer.load_state_dict(dict(optimizer))
+
+    def load_counters(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state()`` alone."""
         self.updates = state["updates"]
         self.skipped = state["skipped"]
         self._skips_in_a_row = state["skips_in_a_row"]
@@ -160,32 +212,50 @@ class Updater:
         self.budget = state["budget"]
         self.kl_weight = state.get("kl_weight", self.settings.kl_reward)
         self.schedule.load_state(state["schedule"])
-        self.optimizer.load_state_dict(dict(optimizer))
 
-    def step_rows(self, rows: Sequence[TrainRow]) -> StepRows:
-        """Return the rows of a step, shuffled into mini-batches where there are several a pass."""
+    def step_rows(
+        self,
+        rows: Sequence[TrainRow],
+        targets: Mapping[str, Sequence[NDArray[np.float32]]] | None = None,
+    ) -> StepRows:
+        """Return the rows of a step, shuffled into mini-batches where there are several a pass.
+
+        Where there are other ranks they begin to learn from their shares, and this one's is
+        returned: every update must then be taken.
+
+        Args:
+            rows: of the step.
+            targets: [L] of each row, by name; what a critic learns.
+        """
         count = self.settings.policy_update_steps
         everything = np.arange(len(rows))
         minibatches = [everything]
         if count > 1:
             # The remainder is spread: no row is left out, and each mini-batch has its own totals.
             minibatches = np.array_split(torch.randperm(len(rows)).numpy(), count)
-        shape = (len(rows), max((len(row.ids) for row in rows), default=0))
-
-        def remembered() -> Tensor:
-            return torch.zeros(shape, device=self.device)
-
         step = StepRows(
             rows=rows,
             groups=group_numbers(rows),
             minibatches=minibatches,
-            totals=self._totals(rows),
-            old=remembered() if self.settings.correction != "none" else None,
-            reference=remembered() if self._reference_in_loss else None,
+            sums=[self._totals([rows[number] for number in part.tolist()]) for part in minibatches],
+            sizes=[len(part) for part in minibatches],
+            targets={name: side_by_side(each) for name, each in (targets or {}).items()},
         )
-        if count > 1 and step.old is not None:
+        if self.team is not None:
+            step = self.team.shared(self, step)
+        return self.prepared(step)
+
+    def prepared(self, step: StepRows) -> StepRows:
+        """Return ``step`` with its tensors on this device and what must be known beforehand."""
+        shape = (len(step.rows), max((len(row.ids) for row in step.rows), default=0))
+        step.targets = {name: each.to(self.device) for name, each in step.targets.items()}
+        if self.settings.correction != "none":
+            step.old = torch.zeros(shape, device=self.device)
+        if self._reference_in_loss:
+            step.reference = torch.zeros(shape, device=self.device)
+        if len(step.minibatches) > 1 and step.old is not None:
             # Later mini-batches are seen first after an update.
-            for batch in self._batches(rows):
+            for batch in self._batches(step.rows):
                 with torch.no_grad():
                     now, _ = self._log_probs(batch)
                 step.old[batch.numbers, : batch.mask.shape[1]] = now
@@ -193,6 +263,10 @@ class Updater:
 
     def divergences(self, rows: Sequence[TrainRow]) -> list[NDArray[np.float32]]:
         """Return log_prob - reference [L] of each row's sampled tokens, 0 elsewhere."""
+        return self.per_token(rows) if self.team is None else self.team.per_token(self, rows)
+
+    def per_token(self, rows: Sequence[TrainRow]) -> list[NDArray[np.float32]]:
+        """Return ``divergences``, all of them worked out here."""
         found = [np.empty(0, np.float32)] * len(rows)
         for batch in self._batches(rows):
             moved = keep(batch.log_probs - self._reference_log_probs(batch), batch.mask)
@@ -203,10 +277,15 @@ class Updater:
     def with_kl_in_rewards(self, trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
         """Return the episodes with their KL to the reference, times its weight, off the reward.
 
-        An episode's KL is estimated on what it sampled: sum_t (log_prob_t - reference_t).
+        An episode's KL is estimated on what it sampled: sum_t (log_prob_t - reference_t). Groups
+        whose rewards are all equal keep them: there is nothing to learn from such a group, and by
+        its KL alone it would seem that there is.
         """
         if not self.settings.kl_reward:
             return trajectories
+        earned: dict[str, set[float]] = {}
+        for item in trajectories:
+            earned.setdefault(item.group_id, set()).add(item.reward)
         numbered = [
             (number, row)
             for number, item in enumerate(trajectories)
@@ -221,6 +300,8 @@ class Updater:
         self._steer_kl(rows, found, len(trajectories))
         return [
             replace(item, reward=item.reward - weight * float(divergence))
+            if len(earned[item.group_id]) > 1
+            else item
             for item, divergence in zip(trajectories, sums, strict=True)
         ]
 
@@ -262,7 +343,6 @@ class Updater:
             ModelError: memory runs out with one row alone.
         """
         numbers = step.numbers
-        step.totals = self._totals([step.rows[number] for number in numbers])
         lengths = [len(step.rows[number].ids) for number in numbers]
         while True:
             self._sums.clear()
@@ -271,12 +351,28 @@ class Updater:
             if self._fits(step, batches, backward or torch.autograd.backward):
                 break
             self._halve(lengths, parts)
-        step.updates += 1
         padded = sum(len(part) * lengths[part[0]] for part in parts)
         self._sums["tokens"] = step.totals.tokens
+        if self.group is not None and step.size:
+            self._sums["loss"] = self.group.add_up(self.module, self._sums["loss"])
+        step.updates += 1
         self._sums["micro_batches"] = float(len(parts))
         self._sums["padding"] = 1.0 - sum(lengths) / padded if padded else 0.0
         return torch.as_tensor(self._sums["loss"], dtype=torch.float32, device=self.device)
+
+    def take(self, step: StepRows) -> list[dict[str, float]]:
+        """Take every update of a step and return their metrics; empty where there were no rows."""
+        metrics: list[dict[str, float]] = []
+        for _ in range(self.settings.updates_per_step):
+            if not step.size:
+                step.updates += 1  # fewer rows than mini-batches
+                metrics.append({})
+                continue
+            self.accumulate(step)
+            metrics.append(self.before_update())
+            self.optimizer.step()
+            self.module.zero_grad(set_to_none=True)
+        return metrics
 
     def _fits(self, step: StepRows, parts: Sequence[NDArray[np.intp]], backward: Backward) -> bool:
         """Take the gradients of every part; return False when memory ran out."""
@@ -338,6 +434,7 @@ class Updater:
                 reference_log_probs=reference,
                 groups=batch.groups,
                 entropies=at_mask(entropy, mask) if self._entropy_gradient else None,
+                rollout_log_probs=batch.log_probs,
             )
         )
         for name, share in stats.items():
@@ -431,6 +528,8 @@ class Updater:
 
     def step_metrics(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Return the means of a step's updates; how far the sampler was is the first one's."""
+        if self.team is not None:
+            updates = self.team.merged(updates)
         first = updates[0]
         metrics = {
             name: float(np.mean([update[name] for update in updates if name in update]))
@@ -451,6 +550,14 @@ class Updater:
                 gap,
             )
         return metrics
+
+
+def side_by_side(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
+    """Return ``arrays`` [N, L], padded on the right with 0."""
+    padded = np.zeros((len(arrays), max((len(each) for each in arrays), default=0)), np.float32)
+    for place, each in enumerate(arrays):
+        padded[place, : len(each)] = each
+    return torch.from_numpy(padded)
 
 
 def autocast_type(

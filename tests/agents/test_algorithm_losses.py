@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pz_agents.algorithms import corrections, load_algorithm, opmd, raft
+from pz_agents.algorithms import corrections, grpo, load_algorithm, opmd, raft
 from pz_agents.algorithms.credit import (
     baseline_advantages,
     group_advantages,
@@ -110,6 +110,17 @@ def test_gspo_matches_the_golden_case(golden, batch):
     ratios = sequence_ratio(batch["logp"], batch["logp_old"], batch["mask"])
     close(ratios[:, 0], expected["seq_ratio"])
     close(loss_of("gspo", tokens_of(batch)), expected["loss"])
+
+
+@pytest.mark.parametrize(("surrogate", "stopped"), [("clip", 1.0), ("cispo", 0.0)])
+def test_only_a_clip_that_stops_a_gradient_is_reported(surrogate, stopped):
+    now = torch.full((1, 2), -2.0, requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    tokens = Tokens(now, torch.full((1, 2), -1.0), -torch.ones(1, 2), mask, totals_of(mask))
+    found = grpo.loss(tokens, grpo.Options.model_validate({"surrogate": surrogate}))
+    found.value.backward()
+    assert bool((now.grad == 0).all()) is bool(stopped)
+    assert float(found.stats["clip_low"]) == stopped
 
 
 @needs_golden

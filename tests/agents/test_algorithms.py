@@ -59,6 +59,15 @@ def test_dapo_punishes_sampled_tokens_and_not_the_environments_words():
     np.testing.assert_allclose(list(found.values()), shaped - shaped.mean(), atol=1e-6)
 
 
+def test_dapo_refuses_a_punishment_that_begins_before_the_first_token():
+    options = {"overlong_limit": 10, "overlong_cache": 11}
+    with pytest.raises(ConfigError, match="overlong_cache to at most 10"):
+        algorithm_options(
+            TrainSettings(env="pz/Countdown-v0", steps=1, algorithm="dapo", options=options)
+        )
+    assert dapo.Options(overlong_limit=10, overlong_cache=10).overlong_cache == 10
+
+
 def test_dapo_judges_groups_by_the_reward_before_the_punishment():
     played = [rollout(1.0, "g/0", tokens=2), rollout(1.0, "g/1", tokens=9)]
     found = dapo.credit(played, dapo.Options(overlong_limit=10, overlong_cache=4))
@@ -229,6 +238,15 @@ def test_a_variant_keeps_its_own_defaults_beside_a_users_option():
     options = algorithm_options(settings)
     assert isinstance(options, grpo.Options)
     assert (options.beta, options.importance, options.clip_high) == (0.01, "sequence", 4e-4)
+
+
+def test_a_cap_that_cispo_would_not_use_is_refused():
+    with pytest.raises(ConfigError, match=r"dual_clip 3\.0 does nothing with surrogate cispo"):
+        algorithm_options(
+            TrainSettings(
+                env="pz/Countdown-v0", steps=1, algorithm="cispo", options={"dual_clip": 3.0}
+            )
+        )
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 20), ("min_p", 0.1)])

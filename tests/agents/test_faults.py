@@ -42,7 +42,7 @@ from pz_agents.training.worker import Engine, pack_files
 from pz_envs.errors import DataError, InfraError
 from pz_envs.textenv import Outcome, TextEnv
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(600)
 
 GROUPS = 2
 
@@ -228,9 +228,15 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_is_no_obstacl
     )
     try:
         assert child.stdout.readline() == b"held\n"
-        told = rf"open in process {child.pid} on {os.uname().nodename}"
+        told = rf"open in process {child.pid} on {os.uname().nodename} that plays and trains"
+        (tmp_path / "config.json").write_text("of the run that goes on")
+        half = tmp_path / "checkpoints" / "step_000001"
+        half.mkdir(parents=True)
         with pytest.raises(InfraError, match=told):
             train(settings(micro, steps=1), tmp_path)
+        assert (tmp_path / "config.json").read_text() == "of the run that goes on"
+        assert [each.name for each in half.parent.iterdir()] == ["step_000001"]
+        shutil.rmtree(half.parent)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -316,7 +322,8 @@ def serving(server):
         server.server_close()
 
 
-def test_episodes_survive_a_network_that_is_away_for_seconds(monkeypatch):
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_episodes_survive_a_network_that_is_away_for_seconds(monkeypatch, seconds):
     pytest.importorskip("openai", reason="needs pz-agents[openai]")
     for name in (
         "http_proxy",
@@ -344,12 +351,12 @@ def test_episodes_survive_a_network_that_is_away_for_seconds(monkeypatch):
         )
         done = [next(played) for _ in range(8)]
         proxy.cut_all()
-        back = threading.Timer(4.0, lambda: setattr(proxy, "cut", False))
+        back = threading.Timer(seconds, lambda: setattr(proxy, "cut", False))
         back.start()
         began = time.monotonic()
         done += list(played)
         back.join()
-        assert time.monotonic() - began >= 2.0
+        assert time.monotonic() - began >= seconds / 2
     assert [item.status for item in done] == ["ok"] * 40
     assert sorted(int(item.key) for item in done) == list(range(40))
     assert proxy.refused >= 2, "it was tried again and again"
@@ -420,14 +427,17 @@ train_both(settings, folder, on_progress=on_progress)
 """
 
 
-def children_of(pid: int) -> list[int]:
-    found = []
+def descendants_of(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == pid and fields[0] != "Z":
-                found.append(int(path.parent.name))
-    return found
+            if fields[0] != "Z":
+                children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found = [pid]
+    for each in found:
+        found += children.get(each, [])
+    return found[1:]
 
 
 def gone(pid: int) -> bool:
@@ -438,7 +448,9 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_driver_killed_with_sigkill_takes_its_workers_along_and_the_run_goes_on(micro, tmp_path):
+def test_a_driver_killed_with_sigkill_takes_all_its_processes_along_and_the_run_goes_on(
+    micro, tmp_path
+):
     chosen = settings(micro, workers=1, max_staleness=1, group_size=2, max_turns=1)
     command = [sys.executable, "-c", textwrap.dedent(DRIVER)]
     command += [chosen.model_dump_json(), str(tmp_path / "run")]
@@ -446,14 +458,14 @@ def test_a_driver_killed_with_sigkill_takes_its_workers_along_and_the_run_goes_o
     try:
         assert first.stdout.readline() == "1\n"
         assert first.stdout.readline() == "2\n"
-        workers = children_of(first.pid)
-        assert workers
+        processes = descendants_of(first.pid)
+        assert processes
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
         first.stdout.close()
     give_up = time.monotonic() + 60
-    while not all(map(gone, workers)):
+    while not all(map(gone, processes)):
         assert time.monotonic() < give_up
         time.sleep(0.05)
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -405,19 +405,33 @@ def test_kl_in_the_reward_takes_off_what_each_episode_moved_from_the_reference()
     rows = own_log_probs(module, random_rows())
     one = updater(module, reference=reference, kl_reward=0.25, max_tokens_per_microbatch=24)
     # The first four rows are one of an episode each, the last two are of the same.
-    episodes = [episode(rows[:1]), episode(rows[1:2]), episode(rows[2:3]), episode(rows[3:5])]
+    cut = (rows[:1], rows[1:2], rows[2:3], rows[3:5])
+    episodes = [episode(part, reward) for part, reward in zip(cut, (1, 0, 0.5, 1), strict=True)]
     found = one.with_kl_in_rewards(episodes)
     there = own_log_probs(reference, [row for item in episodes for row in rows_of(item, 0.0)])
     here = [row for item in episodes for row in rows_of(item, 0.0)]
     moved = [float((a.log_probs - b.log_probs).sum()) for a, b in zip(here, there, strict=True)]
     expected = [moved[0], moved[1], moved[2], moved[3] + moved[4]]
     assert [item.reward for item in found] == pytest.approx(
-        [1.0 - 0.25 * each for each in expected], abs=1e-4
+        [item.reward - 0.25 * each for item, each in zip(episodes, expected, strict=True)],
+        abs=1e-4,
     )
     assert one.step_rows(rows).reference is None
 
 
-def episode(rows) -> Trajectory:
+def test_a_group_whose_rewards_are_equal_does_not_seem_to_differ_by_its_kl():
+    module, reference = network(), network(1)
+    rows = own_log_probs(module, random_rows())
+    one = updater(module, reference=reference, kl_reward=0.25)
+    equal = [episode(rows[:1], 1.0, "all"), episode(rows[1:2], 1.0, "all")]
+    mixed = [episode(rows[2:3], 1.0, "some"), episode(rows[3:5], 0.0, "some")]
+    found = [item.reward for item in one.with_kl_in_rewards([*equal, *mixed])]
+    assert found[:2] == [1.0, 1.0]
+    assert found[2] != 1.0
+    assert found[3] != 0.0
+
+
+def episode(rows, reward=1.0, group="g") -> Trajectory:
     """An episode of one turn a row, none of which continues another."""
     steps = []
     for row in rows:
@@ -425,8 +439,26 @@ def episode(rows) -> Trajectory:
         sample = Sample(row.ids[:start], row.ids[start:], row.log_probs[start:])
         steps.append(Step("seen", "said", 0.0, 0.0, True, False, sample))
     first = rows[0].trajectory_id
-    ends = (1.0, 0.0, 1.0, 0.0, False, True, "")
-    return Trajectory(first, "env", 0, "task", "g", 0, tuple(steps), "", *ends)
+    ends = (reward, 0.0, 1.0, 0.0, False, True, "")
+    return Trajectory(first, "env", 0, "task", group, 0, tuple(steps), "", *ends)
+
+
+@pytest.mark.parametrize("algorithm", ["raft", "raft-pp", "opmd-reweight", "r3l"])
+def test_kl_in_the_reward_is_refused_where_the_reward_itself_selects(algorithm):
+    with pytest.raises(ConfigError, match=f"{algorithm} selects what it learns from"):
+        algorithm_options(settings(kl_reward=0.1, algorithm=algorithm))
+
+
+def test_rows_far_from_what_sampled_them_are_left_out_with_a_correction_too():
+    module = network()
+    rows = [
+        replace(row, log_probs=row.log_probs + 4.0 * row.mask, advantages=-1.0 * row.mask)
+        for row in own_log_probs(module, random_rows())
+    ]
+    for correction in ("none", "seq_truncate"):
+        one = updater(module, loss=loss_of(off_policy_delta=0.05), correction=correction)
+        one.accumulate(one.step_rows(rows))
+        assert one.before_update()["off_policy"] == pytest.approx(1.0)
 
 
 def test_kl_in_the_reward_and_in_the_loss_is_refused():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -182,6 +184,30 @@ def test_an_interrupted_collection_leaves_the_last_step(tmp_path, house):
     assert same(weights(whole), weights(cut))
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_is_no_obstacle(tmp_path, house):
+    holder = (
+        "import sys, time; from pathlib import Path; from pz_agents.rollout.store import take_lock;"
+        "folder = Path(sys.argv[1]); take_lock(folder / 'run.lock', folder, 'that trains');"
+        "print('held', flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE)
+    half = tmp_path / "checkpoints" / "step_000001"
+    half.mkdir(parents=True)
+    try:
+        assert child.stdout.readline() == b"held\n"
+        with pytest.raises(InfraError, match=rf"open in process {child.pid} on .* that trains"):
+            unizero.train(settings(steps=1), tmp_path)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoints", "run.lock"]
+        assert [each.name for each in half.parent.iterdir()] == ["step_000001"]
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    half.rmdir()
+    unizero.train(settings(steps=1), tmp_path)
+    unizero.train(settings(steps=2), tmp_path)
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, house):
     policy = unizero.train(settings(steps=1), tmp_path)
     before = (policy / "model.pt").stat().st_mtime_ns
@@ -260,6 +286,11 @@ def test_the_agent_plays_what_was_evaluated(tmp_path, house):
             )
         )
         assert [each.reward for each in played] == [reward] * 4
+        for step in played[0].steps:
+            visits, prior = step.notes["visits"], step.notes["prior"]
+            assert visits.keys() == prior.keys() <= set(step.admissible_commands)
+            assert visits[step.action] == max(visits.values()) > 0
+            assert 0.0 < sum(prior.values()) < 1.001
 
 
 def test_the_agent_keeps_its_contract(tmp_path, house):
