@@ -173,6 +173,7 @@ def _train_settings(
     from pz_agents.training.modes import read_settings
     from pz_agents.training.presets import read_config, resolve
     from pz_agents.training.settings import TrainSettings
+    from pz_envs.errors import ConfigError
 
     if out is not None and config is None and not flags:
         saved = read_settings(out)
@@ -182,10 +183,15 @@ def _train_settings(
     folder = file.pop("out", None)
     source = str(config) if config else "train"
     trainer = load_trainer(str({**file, **flags}.get("algorithm", "")))
+    values = {**file, **flags} if trainer else resolve(file, flags)
+    if not values.get("env") and not values.get("datasets"):
+        raise ConfigError(
+            "no environment to train on. Name one: --env pz/Countdown-v0; all ids: pz-envs list"
+        )
     if trainer:
-        given = parse_settings(trainer.Settings, {**file, **flags}, source)
+        given = parse_settings(trainer.Settings, values, source)
         return given, out or Path(folder or _default_folder(given))
-    chosen = parse_settings(TrainSettings, resolve(file, flags), source)
+    chosen = parse_settings(TrainSettings, values, source)
     return chosen, out or Path(folder or _default_folder(chosen))
 
 

@@ -53,7 +53,10 @@ def _explain(kind: type[Settings], problem: Any) -> str:
         known = list(_fields_at(kind, problem["loc"][:-1]))
         hint = did_you_mean(str(problem["loc"][-1]), known)
         return f"unknown key `{path}`.{hint} Known: {', '.join(known)}"
-    return f"`{path}`: {problem['msg']} (got {problem['input']!r})"
+    if problem["type"] == "missing":
+        return f"`{path}` is missing; give it a value"
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"`{path}`: {said} (got {problem['input']!r})"
 
 
 def _fields_at(kind: type[Settings], path: tuple[int | str, ...]) -> list[str]:

@@ -18,7 +18,7 @@ from pz_agents.priorzero.presets import Preset, composed
 from pz_agents.priorzero.prior import LanguagePrior, LanguageSettings
 from pz_agents.priorzero.settings import FREE_TO_CHANGE as UNIZERO_FREE
 from pz_agents.priorzero.settings import GuidedSettings
-from pz_agents.training.settings import TrainSettings, algorithm_options
+from pz_agents.training.settings import RuntimeName, TrainSettings, algorithm_options
 from pz_envs.errors import ConfigError
 
 FREE_TO_CHANGE = UNIZERO_FREE | {
@@ -124,7 +124,7 @@ class HybridSettings(GuidedSettings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the language model's matrix products."""
 
-    runtime: str = pydantic.Field(default="local", pattern=r"local|ray(:.+)?")
+    runtime: RuntimeName = "local"
     """Where engines live: `local` (child processes), `ray`, or `ray:ADDRESS` of a cluster."""
 
     vllm_num_engines: int = pydantic.Field(default=0, ge=0)

@@ -25,7 +25,7 @@ from pz_agents.rollout.episode import EpisodeSpec, Limits, LiveEpisode
 from pz_agents.rollout.slots import EnvSlot, Finished, MakeEnv
 from pz_agents.sdk.protocols import Agent, EndsEpisodes, PlaysEpisodes, StartsEpisodes
 from pz_agents.sdk.types import Action, Episode, Trajectory, Truncation, Turn
-from pz_envs.errors import ConfigError, DataError, EnvError, InfraError
+from pz_envs.errors import ConfigError, DataError, EnvError, InfraError, PzError
 
 __all__ = ["EpisodeSpec", "Limits", "MakeEnv", "run_episodes"]
 
@@ -360,7 +360,8 @@ class _Rollout:
         text = None
         if error is not None:
             text = f"{type(error).__name__}: {error}"
-            _logger.warning("episode %s failed: %s", live.spec.key, text, exc_info=error)
+            told = None if isinstance(error, PzError) else error  # ours say what is needed
+            _logger.warning("episode %s failed: %s", live.spec.key, text, exc_info=told)
         now = self._now()
         trajectory = live.trajectory(now, terminated=terminated, truncated=truncated, error=text)
         if live.told and isinstance(self._agent, EndsEpisodes):

@@ -53,7 +53,8 @@ def agent_names() -> tuple[str, ...]:
 
 def installed_agent(name: str) -> EntryPoint | None:
     """Return the entry point that ``load_agent(name)`` would follow, None for any other name."""
-    return None if name in BUILT_IN else _installed().get(name)
+    # Looking them up reads every installed distribution; a place in a file is none of them.
+    return None if name in BUILT_IN or ":" in name else _installed().get(name)
 
 
 def load_agent(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -39,6 +39,17 @@ FREE_TO_CHANGE = frozenset(
 
 TRUNCATED_SAMPLING = ("top_p", "top_k", "min_p")
 """Settings of sampling that exist elsewhere and bias training."""
+
+
+def _is_runtime(name: str) -> str:
+    kind, colon, address = name.partition(":")
+    if name != "local" and (kind != "ray" or bool(colon) != bool(address)):
+        raise ValueError("a runtime is local, ray or ray:ADDRESS, e.g. ray:auto")
+    return name
+
+
+RuntimeName = Annotated[str, pydantic.AfterValidator(_is_runtime)]
+"""Where processes live."""
 
 
 class TrainSettings(Settings):
@@ -186,7 +197,7 @@ class TrainSettings(Settings):
     threads: int = pydantic.Field(default=1, ge=1)
     """Torch's CPU threads; more than one pays only for models above some 10 M parameters."""
 
-    runtime: str = pydantic.Field(default="local", pattern=r"local|ray(:.+)?")
+    runtime: RuntimeName = "local"
     """Where workers and engines live: `local`, `ray` (of this run's own), or `ray:ADDRESS` of a
     cluster (`ray:auto` finds the one on this machine)."""
 

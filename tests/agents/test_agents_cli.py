@@ -111,7 +111,11 @@ def test_the_resolved_configuration_is_printed_and_set_goes_deep(run):
     ("arguments", "code", "words"),
     [
         (["--env", "pz/Countdown-v0", "--steps", "0"], 2, "greater than or equal to 1"),
-        (["--steps", "1"], 2, "`env`"),
+        (["--steps", "1"], 2, "--env pz/Countdown-v0; all ids: pz-envs list"),
+        (["--algorithm", "unizero"], 2, "--env pz/Countdown-v0; all ids: pz-envs list"),
+        (["--env", "pz/Countdown-v0", "--runtime", "slurm"], 2,
+         "`runtime`: a runtime is local, ray or ray:ADDRESS"),
+        (["--env", "pz/Countdown-v0", "--runtime", "xlocal"], 2, "(got 'xlocal')"),
         (["--preset", "tiny-countdow"], 2, "Did you mean `tiny-countdown`"),
         (["--env", "e", "--steps", "1", "--set", "sed=1"], 2, "Did you mean `seed`"),
         (["--env", "e", "--steps", "1", "--set", "seed"], 2, "KEY=VALUE"),
