@@ -8,6 +8,7 @@ while all of that and its own estimate fit; nothing that runs is stopped.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,10 @@ class Cost:
             self.steps + other.steps,
             self.hours + other.hours,
         )
+
+    def minus(self, other: Cost) -> Cost:
+        """Return the difference."""
+        return self.plus(Cost(-other.usd, -other.tokens, -other.steps, -other.hours))
 
     def at_least(self, other: Cost) -> Cost:
         """Return the larger of each."""
@@ -144,6 +149,9 @@ def gate(
 ) -> Callable[[Job], str | None]:
     """Return a function that says why a job of ``jobs`` may not be started now, else None.
 
+    It is asked before each start. Only jobs that it let start are looked at again, so that asking
+    about every job of a study takes time in proportion to them.
+
     Args:
         runs: the store.
         jobs: every job of the matrix; those done before count too.
@@ -152,35 +160,39 @@ def gate(
         gpu_price: dollars for one GPU and one hour.
     """
     wanted = {name: most for name, most in limits.model_dump().items() if most is not None}
-    settled: dict[str, Cost] = {}
+    waiting: dict[str, Cost] | None = None  # what the files of jobs say that were not let start
+    begun: dict[str, Job] = {}
+    settled = Cost()
 
-    def now(job: Job) -> Cost:
-        if job.id in settled:
-            return settled[job.id]
+    def cost(job: Job, *, begins: bool) -> Cost:
         guess, price = estimate(job.spec), price_of(job.spec.model, prices)
-        cost = spent(runs, job, guess, price, gpu_price)
-        if job.state == "running":
-            return cost.at_least(expected(job.spec, guess, price, gpu_price))
-        if job.state != "owed":
-            settled[job.id] = cost
-        return cost
+        found = spent(runs, job, guess, price, gpu_price)
+        return found.at_least(expected(job.spec, guess, price, gpu_price)) if begins else found
 
     def may_not(job: Job) -> str | None:
+        nonlocal settled, waiting
         if not wanted:
             return None
-        total = Cost()
-        for other in jobs:
+        if waiting is None:
+            waiting = {each.id: cost(each, begins=False) for each in jobs}
+            settled = functools.reduce(Cost.plus, waiting.values(), settled)
+        for other in list(begun.values()):
+            if other.state not in ("running", "owed"):
+                settled = settled.plus(cost(other, begins=False))
+                del begun[other.id]
+        total = settled.minus(waiting.get(job.id, Cost())).plus(cost(job, begins=True))
+        for other in begun.values():
             if other.id != job.id:
-                total = total.plus(now(other))
-        guess, price = estimate(job.spec), price_of(job.spec.model, prices)
-        own = spent(runs, job, guess, price, gpu_price)
-        total = total.plus(own.at_least(expected(job.spec, guess, price, gpu_price)))
+                total = total.plus(cost(other, begins=other.state == "running"))
         for name, most in wanted.items():
-            if getattr(total, name) > most:
+            # What is added and taken away again leaves a trace in the last digits.
+            if getattr(total, name) > most * (1 + 1e-9):
                 return (
                     f"with this cell the study would have taken about {getattr(total, name):,.4g} "
                     f"of {most:,.4g} {name}; raise the limit to go on"
                 )
+        settled = settled.minus(waiting.pop(job.id, Cost()))
+        begun[job.id] = job
         return None
 
     return may_not

@@ -99,6 +99,7 @@ def run(
     price: PriceOption = None,
     gpu_price: GpuPriceOption = GPU_PRICE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure what a matrix, or -a and -e, still owes; then write and print the leaderboard."""
     from pz_bench import budget, live, runner
@@ -111,14 +112,16 @@ def run(
     if dry_run:
         from pz_bench import plan as planning
 
-        typer.echo(planning.to_text(planning.lines(cells, chosen.prices), gpu_price))
+        to_words = planning.to_json if as_json else planning.to_text
+        typer.echo(to_words(planning.lines(cells, chosen.prices), gpu_price))
         if limit is not None and limit < len(owed):
-            typer.echo(f"now: {limit} of them (--limit {limit}): {_titles(owed[:limit])}")
+            now = f"now: {limit} of them (--limit {limit}): {_titles(owed[:limit])}"
+            typer.echo(now, err=as_json)
         _explain(cells)
         return
     _remember(runs, chosen, cells, by_hand=matrix is None)
     if owed:
-        with _place(ray) as (cores, launch), live.view(console()) as view:
+        with _place(ray) as (cores, launch), live.view(console(err=as_json)) as view:
             board = runner.run_jobs(
                 runs,
                 owed[:limit],
@@ -127,11 +130,13 @@ def run(
                 launch=launch,
                 may_not=budget.gate(runs, cells, chosen.limits, chosen.prices, gpu_price),
             )
-        typer.echo(live.head(board))
+        typer.echo(live.head(board), err=as_json)
     else:
-        typer.echo(_nothing_to_do(cells))
+        typer.echo(_nothing_to_do(cells), err=as_json)
     _explain(cells)
-    problems = _report(runs, chosen.name, out)
+    problems, written = _report(runs, chosen.name, out, show=not as_json)
+    if as_json:
+        typer.echo(_to_json(chosen.name, cells, written, problems))
     raise typer.Exit(FAILED if problems else _exit_code(cells))
 
 
@@ -183,7 +188,7 @@ def report(
     if not names:
         raise ConfigError(f"{runs} holds no suite yet. Begin with: pz-bench run --matrix")
     if not check and not as_json:
-        problems = [problem for name in names for problem in _report(runs, name, out)]
+        problems = [problem for name in names for problem in _report(runs, name, out)[0]]
         raise typer.Exit(FAILED if problems else OK)
     problems = store.verify(runs)
     written: list[str] = []
@@ -242,11 +247,17 @@ def init_agent(
         bool, typer.Option("--with-model", help="One that prompts a language model.")
     ] = False,
     parent: Annotated[Path, typer.Option("--in", help="Where its folder goes.")] = Path(),
+    as_json: JsonOption = False,
 ) -> None:
     """Write a folder with an agent that works, its test, its packaging and a README."""
     from pz_bench.scaffold import write_agent
 
     files = write_agent(name, parent, with_model=with_model)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"written": [str(file) for file in files]}, indent=1))
+        return
     for file in files:
         typer.echo(f"written: {file}")
     typer.echo(f"next: cd {files[0].parent} && pytest")
@@ -392,19 +403,45 @@ def _remember(runs: Path, chosen: Matrix, cells: Sequence[Job], *, by_hand: bool
     store.write_suite(runs, store.merge_suite(old, new))
 
 
-def _report(runs: Path, name: str, out: Path) -> list[str]:
-    """Write and print one leaderboard, or print what is wrong with the store and return it."""
+def _to_json(
+    suite: str, cells: Sequence[Job], written: Sequence[str], problems: Sequence[str]
+) -> str:
+    import json
+
+    told = [
+        {
+            "id": cell.id,
+            "title": cell.spec.title,
+            "state": cell.state,
+            "reason": cell.reason,
+            "command": cell.command,
+        }
+        for cell in cells
+    ]
+    found = {"suite": suite, "cells": told, "written": written, "problems": problems}
+    return json.dumps(found, indent=1, ensure_ascii=False)
+
+
+def _report(runs: Path, name: str, out: Path, *, show: bool = True) -> tuple[list[str], list[str]]:
+    """Write and print one leaderboard, or print what is wrong with the store.
+
+    Returns:
+        What is wrong, and the files that were written.
+    """
     from pz_bench import report, store
     from pz_bench.publish import publish
 
     problems = store.verify(runs)
     for problem in problems:
         typer.echo(problem, err=True)
-    if not problems:
-        leaderboard, files = publish(runs, name, out)
+    if problems:
+        return problems, []
+    leaderboard, files = publish(runs, name, out)
+    written = [str(path) for path in files]
+    if show:
         console().print(report.render_terminal(leaderboard))
-        typer.echo("written: " + ", ".join(str(path) for path in files))
-    return problems
+        typer.echo("written: " + ", ".join(written))
+    return [], written
 
 
 def _differences(runs: Path, names: Sequence[str], out: Path) -> list[str]:

@@ -9,6 +9,7 @@ environments that the two sides share.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,11 +29,13 @@ _LEAST_LETTERS = 4
 class Line:
     """Left minus right on one environment, in units of its metric (0..1).
 
-    ``left`` and ``right`` are means over all that each side played; the difference is over shared
-    instances. See ``scores.Comparison`` for the other fields.
+    ``short`` is what the tables call the environment. ``left`` and ``right`` are means over all
+    that each side played; the difference is over shared instances. See ``scores.Comparison`` for
+    the other fields.
     """
 
     environment: str
+    short: str
     metric: scores.Metric
     left: float
     right: float
@@ -69,10 +72,12 @@ def compare(runs: Path, left: str, right: str, suite: str | None = None) -> Comp
     (left_label, ours), (right_label, theirs) = (_side(cells, name) for name in (left, right))
     mine = grouping.grouped(_played(runs, ours), grouping.column)
     others = grouping.grouped(_played(runs, theirs), grouping.column)
+    ids = Counter(group[0].spec.env for group in {**mine, **others}.values())
     found = [
         line
-        for name in mine
-        if name in others and (line := _line(name, mine[name], others[name])) is not None
+        for name, cells in mine.items()
+        if name in others
+        and (line := _line(name, ids[cells[0].spec.env] == 1, cells, others[name])) is not None
     ]
     if not found:
         raise ConfigError(
@@ -116,7 +121,7 @@ def table(found: Compared, columns: int = 11) -> tables.Table:
 
 def _texts(line: Line) -> tuple[str, ...]:
     return (
-        line.environment.removeprefix("pz/").replace("-v0", ""),
+        line.short,
         numbers.percent(line.left),
         numbers.percent(line.right),
         numbers.signed(line.difference),
@@ -171,7 +176,9 @@ def _played(runs: Path, cells: Sequence[CellResult]) -> list[CellResult]:
     return kept
 
 
-def _line(name: str, left: Sequence[CellResult], right: Sequence[CellResult]) -> Line | None:
+def _line(
+    name: str, only_one: bool, left: Sequence[CellResult], right: Sequence[CellResult]
+) -> Line | None:
     metric = catalog.find(left[0].spec.env).metric
     found = scores.compare(left, right, metric)
     if found is None:
@@ -179,6 +186,7 @@ def _line(name: str, left: Sequence[CellResult], right: Sequence[CellResult]) ->
     difference = found.difference
     return Line(
         environment=name,
+        short=grouping.short_name(left[0], only_one),
         metric=metric,
         left=scores.rounded(float(np.nanmean(scores.matrix(left, metric)))),
         right=scores.rounded(float(np.nanmean(scores.matrix(right, metric)))),

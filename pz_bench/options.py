@@ -53,8 +53,8 @@ OUT = Path("leaderboards")
 GPU_PRICE = 2.5
 
 
-def console() -> Any:
-    """Return a console on standard output."""
+def console(*, err: bool = False) -> Any:
+    """Return a console on standard output, or on standard error."""
     from rich.console import Console
 
-    return Console()
+    return Console(stderr=err)

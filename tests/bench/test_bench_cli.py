@@ -67,9 +67,14 @@ def test_a_matrix_is_measured_written_and_then_there_is_nothing_to_do(here, caps
         assert (here / "leaderboards" / f"small.{kind}").is_file()
     assert main(["run", "--matrix", "./m.yaml"]) == 0
     assert "nothing to do: 4 of 4 cells are done" in capsys.readouterr().out
+    assert main(["run", "--matrix", "./m.yaml", "--json", "--set", "seeds=[0,1,2]"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["state"] for cell in found["cells"]] == ["done"] * 6
+    assert (found["suite"], found["problems"]) == ("small", [])
+    assert "leaderboards/small.md" in found["written"]
     assert main(["report", "--check"]) == 0
     assert main(["status"]) == 0
-    assert "small: 4 cells: 4 done" in capsys.readouterr().out
+    assert "small: 6 cells: 6 done" in capsys.readouterr().out
 
 
 def test_an_agent_in_a_file_gets_its_row_beside_the_others(here, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -112,9 +113,33 @@ def test_a_running_cell_holds_back_what_it_is_estimated_to_take(tmp_path, make_c
     ]
     own = budget.expected(jobs[0].spec, estimate(jobs[0].spec), Price(read=0, write=1), 0.0).usd
     may_not = budget.gate(tmp_path, jobs, Limits(usd=1.5 * own), {"*": Price(read=0, write=1)}, 0.0)
-    assert may_not(jobs[1]) is None
+    assert may_not(jobs[0]) is None
     jobs[0].state = "running"
     assert may_not(jobs[1]) is not None
+    jobs[0].state = "failed"  # it left no files, so it has spent nothing
+    assert may_not(jobs[1]) is None
+
+
+def test_asking_about_every_cell_of_a_study_looks_at_each_a_few_times(
+    tmp_path, make_cell, monkeypatch
+):
+    looked = Counter()
+
+    def spent(runs, job, *rest, spent=budget.spent):
+        looked[job.id] += 1
+        return spent(runs, job, *rest)
+
+    monkeypatch.setattr(budget, "spent", spent)
+    cell = make_cell("random", COUNTDOWN, [], episodes=2)
+    jobs = [
+        Job(cell.spec, str(number), {}, "owed" if number % 2 else "done") for number in range(60)
+    ]
+    may_not = budget.gate(tmp_path, jobs, Limits(steps=1e9), {}, 0.0)
+    for job in jobs:
+        if job.state == "owed":
+            assert may_not(job) is None
+            job.state = "done"
+    assert max(looked.values()) <= 3
 
 
 def test_a_limit_of_the_matrix_leaves_the_rest_owed_until_it_is_raised(

@@ -85,6 +85,23 @@ def test_a_comparison_is_paired_and_its_p_is_scipys(runs, make_cell):
     assert line.p == pytest.approx(test.pvalue, abs=1e-6)
 
 
+def test_environments_have_the_names_of_the_tables(tmp_path, make_cell):
+    for player, score in (("random", 0.0), ("zeroshot", 1.0)):
+        for kwargs in ({}, {"split": "valid_unseen"}):
+            keep(tmp_path, make_cell(player, "pz/ALFWorld-v0", [score, 1.0], env_kwargs=kwargs))
+        keep(tmp_path, make_cell(player, COUNTDOWN, [score, 1.0], env_kwargs={"tries": 2}))
+    found = compare.compare(tmp_path, "zeroshot", "random")
+    shown = {
+        line.environment: row[0].text
+        for line, row in zip(found.lines, compare.table(found).rows, strict=True)
+    }
+    assert shown == {
+        "pz/ALFWorld-v0": "ALFWorld seen",
+        "pz/ALFWorld-v0 (split=valid_unseen)": "ALFWorld unseen",
+        "pz/Countdown-v0 (tries=2)": "Countdown",
+    }
+
+
 def test_p_values_are_corrected_over_the_environments(runs):
     first, second = sorted(compare.compare(runs, "zeroshot", "random").lines, key=lambda x: x.p)
     assert first.p_holm == pytest.approx(min(1, 2 * first.p))

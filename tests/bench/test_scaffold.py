@@ -1,6 +1,7 @@
 """`pz-bench init agent`: what it writes works unchanged, in its own test and in a table."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pz_agents.sdk import load_agent, needs_model
+from pz_bench.cli import main
 from pz_bench.scaffold import write_agent
 from pz_envs.errors import ConfigError
 
@@ -16,9 +18,9 @@ PZ_BENCH = Path(sys.executable).with_name("pz-bench")
 
 
 def run(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=240
-    )
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    command = [str(word) for word in words]
+    return subprocess.run(command, cwd=cwd, env=ours, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("with_model", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -41,6 +43,13 @@ def test_an_agent_unchanged_passes_its_own_test_and_appears_in_a_table(tmp_path,
     assert "rover.py:Rover" in table
     cells = json.loads(run(PZ_BENCH, "ls", "--json", cwd=folder).stdout)
     assert [(cell["status"], cell["episodes"]) for cell in cells] == [("done", 2)]
+
+
+def test_what_was_written_is_told_as_json(tmp_path, capsys):
+    assert main(["init", "agent", "rover", "--in", str(tmp_path), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert str(tmp_path / "rover" / "rover.py") in written
+    assert all(Path(path).is_file() for path in written)
 
 
 def test_its_entry_point_names_the_agent_that_was_written(tmp_path, monkeypatch):
