@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pz_envs.errors import InfraError, PzError
+from pz_envs.errors import ConfigError, InfraError, PzError
 
 
 class AgentError(PzError):
@@ -19,3 +19,11 @@ class FailureBudgetError(InfraError):
 
 class EngineMissing(ModelError):
     """An inference engine that was demanded is not installed; the command line exits 3."""
+
+
+class WrongModelError(ModelError, ConfigError):
+    """A model's name stands for none, or for one that cannot be used here."""
+
+
+class WrongAgentError(AgentError, ConfigError):
+    """An agent's name, or its arguments, stand for none."""

@@ -1,4 +1,4 @@
-"""Search over the settings of a training run with Ray Tune.
+"""Search over the settings of a training run, of any algorithm, with Ray Tune.
 
 Every trial is a training run of its own in ``OUT/trials/NAME``, with some settings drawn and the
 rest as given; so it can be looked at, resumed and evaluated like any other. The same command goes
@@ -15,22 +15,29 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from pz_agents.training.settings import TrainSettings, resolved
 from pz_envs.errors import ConfigError, did_you_mean
 from pz_envs.files import write_atomic
 
 __all__ = ["Draw", "Trial", "parse_draw", "run_trial", "table", "tune"]
 
 TABLE = "trials.csv"
+MEAN_REWARD = "mean_reward"
 MEAN_STEPS = 20
 """Steps over which ``mean_reward``, the default figure of merit, is taken."""
+
+_METRIC = "metric"
+_REFUSED = "refused"
+"""Files of a search that its trials read and write: the metric, and why there is no such."""
+_EVALUATED = ("eval_", "evaluator_step/")
+_NOT_IN_EVERY_STEP = (*_EVALUATED, "train/")
+"""How names begin that a run's first step need not have."""
 
 _KINDS = {
     "uniform": "LOW, HIGH",
@@ -97,7 +104,7 @@ def tune(
     folder: Path,
     *,
     trials: int = 8,
-    metric: str = "mean_reward",
+    metric: str = MEAN_REWARD,
     mode: Literal["max", "min"] = "max",
     runtime: str = "ray",
     concurrent: int = 0,
@@ -117,16 +124,14 @@ def tune(
         seed: of what is drawn.
 
     Raises:
-        ConfigError: a setting does not exist, ray is not installed, or the search in ``folder``
-            was another one.
+        ConfigError: a setting does not exist or a range leaves what it may be, ray is not
+            installed, the search in ``folder`` was another one, or runs have no such metric.
+        InfraError: the cluster was lost; the same call goes on.
     """
     from pz_agents.runtime.ray import search
 
     folder = folder.resolve()
-    for key, draw in searched.items():
-        # A wrong name or a value out of range is said here, not by every trial.
-        for value in draw.arguments if draw.kind in ("choice", "grid") else draw.arguments[:1]:
-            trial_settings(base, {key: value})
+    check(base, searched, metric)
     described = {
         "base": dict(base),
         "search": {key: [draw.kind, list(draw.arguments)] for key, draw in searched.items()},
@@ -134,6 +139,9 @@ def tune(
         "seed": seed,
     }
     _remember(folder / "search.json", described)
+    write_atomic(folder / _METRIC, metric)
+    refused = folder / _REFUSED
+    refused.unlink(missing_ok=True)
     found = search(
         "pz_agents.tune:run_trial",
         {"base": dict(base), "folder": str(folder)},
@@ -143,7 +151,13 @@ def tune(
         runtime=runtime,
         concurrent=concurrent,
         seed=seed,
+        stopped_by=refused,
     )
+    if refused.exists():
+        raise ConfigError(refused.read_text("utf-8"))
+    known = sorted({name for trial in found for name in trial.metrics})
+    if known and metric not in known:
+        raise ConfigError(_no_metric(metric, known))
     sign = -1.0 if mode == "max" else 1.0
     ordered = sorted(
         found, key=lambda trial: (sign * _figure(trial.metrics, metric, sign), trial.name)
@@ -166,34 +180,77 @@ def run_trial(
         name: of the trial and its folder; the same when it is resumed.
         report: told the figures after every step.
     """
-    from pz_agents.training.modes import train_both
+    from pz_agents.training.modes import train_any
     from pz_agents.training.monitors import read_metrics
 
-    folder = Path(fixed["folder"]) / "trials" / name
+    search = Path(fixed["folder"])
+    folder = search / "trials" / name
     settings = trial_settings(fixed["base"], drawn)
-    lines = read_metrics(folder / "metrics.jsonl")
-    rewards = deque([line["reward"] for line in lines], MEAN_STEPS)
+    wanted = (search / _METRIC).read_text("utf-8")
+    latest: dict[str, float] = {}
+    rewards: deque[float] = deque(maxlen=MEAN_STEPS)
 
     def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-        plain = {key: float(value) for key, value in metrics.items() if _is_number(value)}
-        return plain | {"mean_reward": sum(rewards) / max(len(rewards), 1)}
+        """Return the last value of each; not every step has them all."""
+        latest.update({key: float(value) for key, value in metrics.items() if _is_number(value)})
+        if "reward" in metrics:
+            rewards.append(metrics["reward"])
+        return latest | {MEAN_REWARD: sum(rewards) / max(len(rewards), 1)}
+
+    def refuse(known: Iterable[str]) -> None:
+        message = _no_metric(wanted, known)
+        write_atomic(search / _REFUSED, message)
+        raise ConfigError(message)
 
     def on_progress(step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        rewards.append(metrics["reward"])
-        report(figures(metrics))
+        now = figures(metrics)
+        if wanted not in now and (step == steps or not wanted.startswith(_NOT_IN_EVERY_STEP)):
+            refuse(now)
+        report(now)
 
-    train_both(settings, folder, on_progress=on_progress)
-    if lines and lines[-1]["step"] >= settings.steps:
-        report(figures(lines[-1]))  # it was finished, but nobody had been told
+    lines = read_metrics(folder / "metrics.jsonl")
+    for line in lines:
+        figures(line)
+    before = len(rewards), latest.get("step")
+    train_any(settings, folder, on_progress=on_progress)
+    if lines and (len(rewards), latest.get("step")) == before:
+        report(figures({}))  # it was finished, but nobody had been told
 
 
-def trial_settings(base: Mapping[str, Any], drawn: Mapping[str, Any]) -> TrainSettings:
-    """Return ``base`` with drawn values in place, by dotted name.
+def check(base: Mapping[str, Any], searched: Mapping[str, Draw], metric: str) -> None:
+    """Say of a search what every one of its trials would say: each setting at its range's ends.
+
+    Args:
+        base: settings of every trial.
+        searched: how the others are drawn.
+        metric: the figure of merit.
+
+    Raises:
+        ConfigError: a setting does not exist or has a wrong value, or nothing is evaluated and the
+            metric is of evaluations.
+    """
+    values = {key: _tried(draw) for key, draw in searched.items()}
+    first = {key: tried[0] for key, tried in values.items()}
+    for key in searched:
+        for value in values[key]:
+            try:
+                settings = trial_settings(base, {**first, key: value})
+            except ConfigError as error:
+                raise ConfigError(f"--search {key}, with {value!r} of its range: {error}") from None
+            if metric.startswith(_EVALUATED) and not settings.eval_episodes:
+                raise ConfigError(
+                    f"--metric {metric} is of evaluations, and `eval_episodes` is 0; set it too"
+                )
+
+
+def trial_settings(base: Mapping[str, Any], drawn: Mapping[str, Any]) -> Any:
+    """Return ``base`` with drawn values in place, by dotted name, as its algorithm's settings.
 
     Raises:
         ConfigError: a setting does not exist or has a wrong value.
     """
-    from pz_agents.config import parse_settings
+    from pz_agents.training.modes import settings_of
+    from pz_agents.training.settings import TrainSettings, algorithm_options
 
     values: dict[str, Any] = json.loads(json.dumps(base))
     for key, value in drawn.items():
@@ -201,9 +258,12 @@ def trial_settings(base: Mapping[str, Any], drawn: Mapping[str, Any]) -> TrainSe
         inner = values
         for parent in parents:
             inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"`{parent}` is a single value; it has no `{last}`")
         inner[last] = value
-    settings = parse_settings(TrainSettings, values, "tune")
-    resolved(settings)
+    settings = settings_of(values, "tune")
+    if isinstance(settings, TrainSettings):
+        algorithm_options(settings)
     return settings
 
 
@@ -218,6 +278,24 @@ def table(trials: Sequence[Trial], metric: str) -> str:
         figure, steps = trial.metrics.get(metric, ""), int(trial.metrics.get("step", 0))
         writer.writerow([trial.name, *values, figure, steps, trial.error or ""])
     return text.getvalue()
+
+
+def _tried(draw: Draw) -> list[Any]:
+    """Return values that stand for all: every one of a list, else the ends and one between."""
+    if draw.kind in ("choice", "grid"):
+        return list(draw.arguments)
+    low, high = draw.arguments
+    if "int" in draw.kind:
+        return [low, high - 1]
+    return [low, high, low + (high - low) * 0.381966]
+
+
+def _no_metric(metric: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    return (
+        f"--metric {metric}: these runs have no such figure.{did_you_mean(metric, names)} They "
+        f"have: {', '.join(names)}. Give one of them; the same command goes on with the search"
+    )
 
 
 def _remember(path: Path, described: Mapping[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,3 +28,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # ours. To explore afresh: pytest --hypothesis-profile=default.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made to itself when garbage is collected.
+
+    Every training run collects some, which would take most of a second among half a million objects
+    of torch and transformers.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return a process more than there are cores: many a test waits for what it has started."""
+    return len(os.sched_getaffinity(0)) + 1

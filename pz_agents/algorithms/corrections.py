@@ -10,6 +10,7 @@ so that masking lowers the step instead of raising the rest. All tensors are [B,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,14 +35,24 @@ BOUNDS: Mapping[Correction, tuple[float, float]] = {
 class Mismatch(NamedTuple):
     """How far the sampler was from the learner, before anything is cut off; 0-dim tensors.
 
-    kl: the k3 estimate of KL(sampler || learner), a share of the mean over all trained tokens.
-    effective: effective sample size over tokens, as a fraction of them (Kish), of this batch.
+    kl: the k3 estimate of KL(sampler || learner). ratio, square: the means of rho and of its
+    square. These are shares of means over all trained tokens, to be added up over micro-batches.
     largest: the largest |old - rollout| of a token of this batch, in nats.
     """
 
     kl: Tensor
-    effective: Tensor
+    ratio: Tensor
+    square: Tensor
     largest: Tensor
+
+
+def effective_share(ratio: float, square: float) -> float:
+    """Return the effective sample size over tokens as a fraction of them (Kish, 1965).
+
+    It is (sum rho)^2 / (n sum rho^2), here from the two means; 1 where all rho are equal, and 0
+    where there are none.
+    """
+    return min(ratio**2 / square, 1.0) if square else 0.0
 
 
 def rollout_weights(
@@ -96,11 +107,11 @@ def mismatch(
     """Return how far the sampler was from the learner."""
     with torch.no_grad():
         kl = kl_estimate(rollout_log_probs, old_log_probs, mask)
-        rho = keep(ratio(old_log_probs, rollout_log_probs, mask), mask)
-        effective = rho.sum().square() / (rho.square().sum() * mask.sum()).clamp(min=1e-12)
+        rho = ratio(old_log_probs, rollout_log_probs, mask)
         moved = keep(old_log_probs, mask) - keep(rollout_log_probs, mask)
         largest = moved.abs().max() if moved.numel() else moved.sum()
-        return Mismatch(aggregate(kl, mask, "token_mean", totals), effective, largest)
+        mean = partial(aggregate, mask=mask, how="token_mean", totals=totals)
+        return Mismatch(mean(kl), mean(rho), mean(rho.square()), largest)
 
 
 def keeps_row(

@@ -91,7 +91,7 @@ class Options(Settings):
     return, so raise it where rewards are large. None: no clip."""
 
     critic_model: str = ""
-    """What the critic starts from, a folder; empty: the policy's own starting weights."""
+    """What the critic starts from, `tiny` or a folder; empty: the policy's own starting weights."""
 
     critic_learning_rate: float = pydantic.Field(default=5e-6, gt=0)
     """Highest learning rate of the critic's own AdamW."""

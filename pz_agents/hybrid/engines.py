@@ -7,19 +7,21 @@ in what is played, up to the rounding of batched matrix products.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pz_agents.errors import EngineMissing
-from pz_agents.hybrid.settings import HybridSettings
+from pz_agents.hybrid.settings import HybridSettings, require_vllm
 from pz_agents.hybrid.trials import State, Trials
 from pz_agents.models import load_model, vllm
 from pz_agents.rollout.codec import decode, encode
-from pz_agents.runtime import Call, Handle, LostError, Resources, Runtime, open_runtime
+from pz_agents.runtime import Call, Handle, LostError, Resources, Runtime
 from pz_agents.sdk.types import Trajectory
+from pz_agents.training.placement import local_devices, resources_of, take_places
+from pz_agents.training.settings import TrainSettings
 from pz_agents.training.worker import load_files, one_thread, pack_files
 from pz_envs.errors import ConfigError, InfraError
 
@@ -45,6 +47,11 @@ class Engine:
         self._model = load_model(model)
         self._trials = Trials(given, self._model)
         self._version = -1
+        # Of a model that can, the memory is the learner's while nothing is sampled.
+        self._sleeper: Any = None
+        if given.colocate_all and hasattr(self._model, "sleep"):
+            self._sleeper = self._model
+            self._sleeper.sleep()
 
     def play(
         self, states: list[dict[str, Any]], version: int, weights: bytes | None
@@ -59,12 +66,24 @@ class Engine:
         Raises:
             InfraError: the weights that are here are of another version.
         """
-        if weights is not None:
-            load_files(self._model, weights, version)
-            self._version = version
-        if self._version != version:
-            raise InfraError(f"weights {version} are to play; this engine has {self._version}")
-        return [encode(each) for each in self._trials.play([State.of(each) for each in states])]
+        with self._awake():
+            if weights is not None:
+                load_files(self._model, weights, version)
+                self._version = version
+            if self._version != version:
+                raise InfraError(f"weights {version} are to play; this engine has {self._version}")
+            played = self._trials.play([State.of(each) for each in states])
+        return [encode(each) for each in played]
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        if self._sleeper is not None:
+            self._sleeper.wake()
+        try:
+            yield
+        finally:
+            if self._sleeper is not None:
+                self._sleeper.sleep()
 
 
 @dataclass(slots=True, eq=False)
@@ -84,35 +103,28 @@ class Engines:
     Args:
         settings: of the run.
         source: the model that they begin with.
-        runtime: where they live; None: the settings'.
+        runtime: where they live.
 
     Raises:
-        ConfigError: the runtime does not start, or has fewer devices than the settings ask for.
+        ConfigError: the runtime has fewer devices than the settings ask for.
         EngineMissing: vLLM is demanded and not installed.
     """
 
-    def __init__(
-        self, settings: HybridSettings, source: str, runtime: Runtime | None = None
-    ) -> None:
+    def __init__(self, settings: HybridSettings, source: str, runtime: Runtime) -> None:
         model = engine_model(settings, source)
+        placed = place(settings, runtime)
         self._seconds = settings.engine_seconds
-        self._own = runtime is None
-        self._runtime = runtime or open_runtime(settings.runtime)
+        self._runtime = runtime
         self.replaced = 0
         self._weights: Any = None
         self._version = -1
         self._order: dict[str, int] = {}
-        self._seats: list[_Seat] = []
-        try:
-            spawned = self._runtime.spawn(
-                ENGINE,
-                settings.vllm_num_engines,
-                share_of(settings, self._runtime.total()),
-                {"settings": settings.model_dump(mode="json"), "model": model},
-            )
-        except BaseException:
-            self.close()
-            raise
+        spawned = runtime.spawn(
+            ENGINE,
+            settings.vllm_num_engines,
+            resources_of(placed, "engine", runtime),
+            {"settings": settings.model_dump(mode="json"), "model": model},
+        )
         self._seats = [_Seat(handle) for handle in spawned]
 
     def publish(self, save: Callable[[Path], None], version: int) -> None:
@@ -143,10 +155,7 @@ class Engines:
         return sorted(played, key=lambda item: (self._order[item.group_id], item.attempt))
 
     def close(self) -> None:
-        """End every engine, and the runtime where it was opened here."""
-        if self._own:
-            self._runtime.close()
-            return
+        """End every engine."""
         for seat in self._seats:
             self._runtime.kill(seat.handle)
 
@@ -190,11 +199,39 @@ def engine_model(settings: HybridSettings, source: str) -> str:
         EngineMissing: vLLM is demanded and not installed.
     """
     if vllm.available():
-        return f"vllm:{source}"
+        usual = float(vllm.EngineSettings.model_fields["memory"].default)
+        return f"vllm:{source}?memory={usual / 2}" if settings.colocate_all else f"vllm:{source}"
     if settings.vllm_required:
-        raise EngineMissing(f"vllm_required, and vLLM is not installed. Install it: {vllm.INSTALL}")
+        require_vllm()
     _logger.warning("vLLM is not installed; transformers samples in the engines instead")
     return source
+
+
+def place(settings: HybridSettings, runtime: Runtime) -> TrainSettings:
+    """Take this process's place on a cluster, before it uses a GPU; returns what engines are given.
+
+    Whoever did so before may do it again.
+
+    Raises:
+        ConfigError: there are fewer devices than learner and engines take.
+    """
+    total = runtime.total()
+    if settings.runtime == "local":
+        total = replace(total, gpus=len(local_devices()))
+    share = share_of(settings, total)
+    # The learner is no actor and takes no cores of a cluster.
+    given = {"engine": {"cpus": share.cpus, "gpus": share.gpus}, "rank": {"cpus": 0.0}}
+    changes = {
+        "engines": settings.vllm_num_engines,
+        # On a cluster: hold a seat for the learner.
+        "learner_ranks": 1 if settings.runtime == "local" and not settings.colocate_all else 0,
+        "colocate_all": settings.colocate_all,
+        "runtime": settings.runtime,
+        "resources": given,
+    }
+    placed = settings.training().model_copy(update=changes)
+    take_places(placed, runtime)
+    return placed
 
 
 def share_of(settings: HybridSettings, total: Resources) -> Resources:

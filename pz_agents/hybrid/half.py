@@ -62,7 +62,7 @@ class Half:
         start: the policy that the run begins with; None: ``settings.language.model``.
         folder: of the run.
         resumed: whether the run was begun before.
-        runtime: where engines live; None: the settings'.
+        runtime: where engines live; None: there are none.
 
     Attributes:
         prior: judges with whatever the weights are now.
@@ -123,7 +123,7 @@ class Half:
         self._unfit = 0
         self._trials: Trials | None = None
         self._engines: Engines | None = None
-        if settings.vllm_num_engines and settings.trains_language:
+        if runtime is not None:
             self._engines = Engines(settings, str(source), runtime)
         else:
             self._trials = Trials(settings, model)
@@ -135,11 +135,11 @@ class Half:
         world: WorldModelLearner,
         random: np.random.Generator,
     ) -> list[Rollout]:
-        """Draw the states of the rollouts that ``updates`` updates make up, at least one.
+        """Draw the states of the rollouts that ``updates`` updates make up.
 
         Engines begin with the first at once.
         """
-        count = max(round(updates / self.settings.updates_per_rollout), 1)
+        count = updates // self.settings.updates_per_rollout
         rollouts = [self._states(memory, random, self.rollouts + 1 + each) for each in range(count)]
         self._begin(rollouts[0])
         return rollouts

@@ -9,7 +9,6 @@ turns are left out first, then the ends of the observation and of the list.
 
 from __future__ import annotations
 
-import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from pz_agents.hybrid.settings import HybridSettings
 
 STOPS = ("</answer>", "User:", "Human:", "Assistant:")
-"""A reply ends behind the first of these."""
+"""A reply ends with the token in which the first of these is complete."""
 
 _BUILT_IN = Path(__file__).with_name("prompt.jinja")
 _COMPACT_HISTORY = 3
@@ -159,28 +158,13 @@ class HybridPrior(LanguagePrior):
         ]
 
 
-def stop_ids(model: LanguageModel) -> tuple[int, ...]:
-    """Return the stops that are single tokens of a model."""
-    encoded = [model.encode(stop) for stop in STOPS]
-    return tuple(int(ids[0]) for ids in encoded if len(ids) == 1)
-
-
-def sampled(model: LanguageModel, prompt_ids: Ids, done: Completion, temperature: float) -> Sample:
-    """Return a completion as far as its first stop, ids and log-probs as they were sampled."""
-    ids, finish = done.token_ids, done.finish
-
-    def stopped(count: int) -> bool:
-        text = model.decode(ids[:count])
-        return any(stop in text for stop in STOPS)
-
-    count = bisect.bisect_left(range(len(ids) + 1), True, key=stopped)
-    if count < len(ids):
-        ids, finish = ids[:count], "stop"
+def sampled(prompt_ids: Ids, done: Completion, temperature: float) -> Sample:
+    """Return a completion as the record that is trained on."""
     return Sample(
         prompt_ids=np.asarray(prompt_ids, np.int32),
-        token_ids=np.asarray(ids, np.int32),
-        log_probs=np.asarray(done.log_probs[: len(ids)], np.float32),
-        finish=finish,
+        token_ids=np.asarray(done.token_ids, np.int32),
+        log_probs=np.asarray(done.log_probs, np.float32),
+        finish=done.finish,
         version=done.version,
         temperature=temperature,
     )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 import pydantic
 
 from pz_agents.config import Settings
+from pz_agents.errors import EngineMissing
 from pz_agents.hybrid import presets
 from pz_agents.models.protocol import LanguageModel
 from pz_agents.priorzero.presets import Preset, composed
@@ -38,6 +39,38 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "llm_prior_weight": ("root", "llm_prior_weight"),
 }
 """Other names of settings, and where the value is kept."""
+
+_NAMED_HERE = ("critic_update_steps", "critic_learning_rate")
+"""Options of PPO that are settings here."""
+
+_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("actor_num_nodes", "actor_num_gpus_per_node", "critic_num_nodes", "ref_num_nodes"),
+        "the learner is one process with one device; engines are vllm_num_engines",
+    ),
+    **dict.fromkeys(
+        ("critic_num_gpus_per_node", "ref_num_gpus_per_node", "vllm_tensor_parallel_size"),
+        "each process has one device; leave it out",
+    ),
+    **dict.fromkeys(
+        ("zero_stage", "adam_offload", "packing_max_len", "enable_prefix_caching"),
+        "there is no such choice here; leave it out",
+    ),
+    **dict.fromkeys(("top_p", "top_k"), "replies are sampled from all tokens; leave it out"),
+    **dict.fromkeys(
+        ("micro_train_batch_size", "micro_rollout_batch_size", "micro_forward_batch_size"),
+        "max_tokens_per_microbatch is counted in tokens",
+    ),
+    **dict.fromkeys(("init_kl_coef", "kl_loss_coef", "use_kl_loss"), 'options={"beta": 0.01}'),
+    **dict.fromkeys(("eps_clip", "value_clip", "gamma", "lambd"), "one of `options`; see ppo"),
+    "gpu_memory_utilization": "engines take half of it where they share; leave it out",
+    "pretrain": "model",
+    "num_episodes": "steps",
+    "save_interval": "save_every",
+    "eval_interval": "eval_every",
+    "use_grpo": "rl_algorithm=grpo",
+}
+"""ORZ's names that mean nothing here, and what to do."""
 
 
 class RewardSettings(Settings):
@@ -216,6 +249,7 @@ class HybridSettings(GuidedSettings):
     def _fill_from_presets(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        _check_given(cls, values)
         name = str(cls.model_fields["algorithm"].default)
         return composed(cls.known, cls.foundation, _by_own_names(values), name)
 
@@ -227,6 +261,12 @@ class HybridSettings(GuidedSettings):
                 f"{self.language.reasoning}; priorzero-ppo's prior scores commands behind the "
                 "prompt that the model is trained on: leave both out, or take priorzero"
             )
+        for name in _NAMED_HERE:
+            if name in self.options:
+                raise ConfigError(
+                    f"`{name}` is a setting of its own and not one of `options`: set "
+                    f"{name}={self.options[name]}"
+                )
         algorithm_options(self.training())
         return self
 
@@ -239,6 +279,8 @@ class HybridSettings(GuidedSettings):
                 f"{self.nodes}; set that, change vllm_num_engines, or leave total_num_nodes out"
             )
         if not self.vllm_num_engines:
+            if self.vllm_required:
+                require_vllm()
             for name in ("colocate_all", "vllm_required"):
                 if getattr(self, name):
                     raise ConfigError(
@@ -249,7 +291,54 @@ class HybridSettings(GuidedSettings):
                     f"runtime {self.runtime} is where engines live, and vllm_num_engines is 0; "
                     "set 1 or more, or leave runtime out"
                 )
+        elif not self.trains_language:
+            raise ConfigError(
+                f"vllm_num_engines is {self.vllm_num_engines}, and engines sample what the "
+                f"language model learns from; with wm_llm_ratio {self.wm_llm_ratio:g} it learns "
+                "nothing. Leave the engines out, or lower wm_llm_ratio"
+            )
         return self
+
+
+def require_vllm() -> None:
+    """Check that vLLM is here.
+
+    Raises:
+        EngineMissing: it is not; the message has the command that installs it.
+    """
+    from pz_agents.models import vllm
+
+    if not vllm.available():
+        raise EngineMissing(f"vllm_required, and vLLM is not installed. Install it: {vllm.INSTALL}")
+
+
+def _check_given(kind: type[HybridSettings], values: Mapping[str, Any]) -> None:
+    """Refuse what is given and would do nothing, and names of ORZ that nothing here has.
+
+    Raises:
+        ConfigError: there is such a setting; the message says what to do.
+    """
+    for name, instead in _ELSEWHERE.items():
+        if name in values:
+            raise ConfigError(f"unknown key `{name}` of ORZ's: {instead}")
+    if GuidedSettings.model_fields.keys() <= values.keys():
+        return  # what a run has written names every setting
+    names = [each.strip() for each in str(values.get("preset", "") or "").split(",")]
+    grpo = values.get("rl_algorithm", "grpo" if "grpo" in names else "ppo") == "grpo"
+    for name in _NAMED_HERE:
+        if grpo and name in values:
+            raise ConfigError(
+                f"{name} is about the critic, and rl_algorithm grpo has none; leave it out, or "
+                "take ppo"
+            )
+    root = values.get("root", {})
+    root = root.model_dump(exclude_unset=True) if isinstance(root, Settings) else root
+    off = values.get("use_llm_prior_in_mcts") is False or root.get("mode") == "off"
+    if off and ("llm_prior_weight" in values or "llm_prior_weight" in root):
+        raise ConfigError(
+            "llm_prior_weight is how much of the language model's prior the search takes, and "
+            "use_llm_prior_in_mcts is false; leave it out, or set that true"
+        )
 
 
 def _by_own_names(values: Mapping[str, Any]) -> dict[str, Any]:

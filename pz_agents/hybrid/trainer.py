@@ -6,16 +6,18 @@ as in ``priorzero.run``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from pz_agents.hybrid.engines import place
 from pz_agents.hybrid.half import Half
 from pz_agents.hybrid.settings import FREE_TO_CHANGE, HybridSettings
 from pz_agents.priorzero import run
 from pz_agents.priorzero.run import OnProgress, last_evaluation, player
 from pz_agents.priorzero.settings import UniZeroSettings
-from pz_agents.runtime import Runtime
+from pz_agents.runtime import Runtime, open_runtime
 
 __all__ = ["FREE_TO_CHANGE", "Settings", "last_evaluation", "player", "progress_line", "train"]
 
@@ -39,8 +41,16 @@ def train(
         on_progress: see there.
         runtime: where engines live, left open; None: one that the settings name is opened.
     """
-    guide = partial(_half, runtime=runtime)
-    return run.train(settings, folder, resume=resume, on_progress=on_progress, guide=guide)
+    with contextlib.ExitStack() as stack:
+        if not settings.vllm_num_engines:
+            runtime = None
+        elif runtime is None:
+            runtime = stack.enter_context(contextlib.closing(open_runtime(settings.runtime)))
+        if runtime is not None:
+            # What this process uses of a GPU it uses of its own.
+            place(settings, runtime)
+        guide = partial(_half, runtime=runtime)
+        return run.train(settings, folder, resume=resume, on_progress=on_progress, guide=guide)
 
 
 def progress_line(metrics: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pz_agents.hybrid.prompt import Answer, Prompter, sampled, stop_ids
+from pz_agents.hybrid.prompt import STOPS, Answer, Prompter, sampled
 from pz_agents.hybrid.settings import HybridSettings, RewardSettings
 from pz_agents.models.protocol import GenerateRequest, LanguageModel
 from pz_agents.sdk.types import Ids, Sample, Step, Trajectory
@@ -78,7 +78,6 @@ class Trials:
     def __init__(self, settings: HybridSettings, model: LanguageModel) -> None:
         self._settings, self._model = settings, model
         self._prompter = Prompter(model, settings)
-        self._stops = stop_ids(model)
         self._envs: dict[str, TextEnv] = {}
 
     def play(self, states: Sequence[State]) -> list[Trajectory]:
@@ -97,7 +96,7 @@ class Trials:
                 min(self._prompter.reply_tokens, self._model.max_context - len(state.prompt_ids)),
                 seed,
                 temperature=self._settings.llm_temperature,
-                stop_ids=self._stops,
+                stops=STOPS,
             )
             for state in states
             for seed in state.seeds
@@ -106,9 +105,7 @@ class Trials:
         played: list[Trajectory] = []
         for state in states:
             samples = [
-                sampled(
-                    self._model, state.prompt_ids, next(replies), self._settings.llm_temperature
-                )
+                sampled(state.prompt_ids, next(replies), self._settings.llm_temperature)
                 for _ in state.seeds
             ]
             played += self._tried(state, samples)

@@ -12,7 +12,7 @@ import logging
 import re
 from pathlib import Path
 
-from pz_agents.errors import EngineMissing, ModelError
+from pz_agents.errors import EngineMissing, WrongModelError
 from pz_agents.models.protocol import Completion, GenerateRequest, LanguageModel, Message
 from pz_envs.errors import did_you_mean
 from pz_envs.files import sha256_file
@@ -148,13 +148,13 @@ def model_folder(spec: str) -> Path:
         try:
             return Path(snapshot_download(spec, local_files_only=True))
         except LocalEntryNotFoundError:
-            raise ModelError(
+            raise WrongModelError(
                 f"No folder {spec}, and no model of that name in the Hugging Face cache. "
                 f"Get it: hf download {spec}"
             ) from None
     folder = Path(spec).expanduser()
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ModelError(
+        raise WrongModelError(
             f"No model `{spec}`.{did_you_mean(spec, ('tiny',))} {_ALLOWED}"
             + (f"; {folder} holds no config.json" if folder.is_dir() else "")
         )

@@ -3,9 +3,9 @@
 With a tokenizer folder, token ids go to ``/completions`` and token ids with log-probs come back:
 what vLLM serves (``return_token_ids``), and what training needs. Without one, messages go to
 ``/chat/completions``, which any server has; then ids and log-probs are empty, so episodes can be
-played and not trained on, and lengths are counted in bytes. Requests run side by side; the client
-repeats those that fail for a while. Seeds are sent, but whether equal seeds give equal samples is
-up to the server.
+played and not trained on, lengths are counted in bytes, and texts end before a stop. Requests run
+side by side; the client repeats those that fail for a while. Seeds are sent, but whether equal
+seeds give equal samples is up to the server.
 
 A spec reads ``openai:MODEL@URL?tokenizer=FOLDER&timeout=60``; the options are the fields of
 ``ServerSettings``. The key is taken from ``OPENAI_API_KEY``.
@@ -26,7 +26,7 @@ import pydantic
 from pz_agents.config import Settings, parse_settings
 from pz_agents.errors import ModelError
 from pz_agents.models.chat import ChatTokenizer
-from pz_agents.models.protocol import Completion, GenerateRequest, Message
+from pz_agents.models.protocol import Completion, GenerateRequest, Message, tokens_to_stop
 from pz_agents.models.scripted import ByteTokenizer
 from pz_agents.sdk.types import Finish, Ids, LogProbs
 from pz_envs.errors import ConfigError, require
@@ -191,16 +191,19 @@ class OpenAIModel:
             seed=request.seed,
             logprobs=1,
             extra_body=extra,
+            **({"stop": list(request.stops)} if request.stops else {}),
         )
         choice = self._choice(answer)
         finish = _finish(choice)
         ids = np.asarray(getattr(choice, "token_ids", None) or (), np.int32)
         log_probs = _NO_LOG_PROBS
         told = getattr(choice.logprobs, "token_logprobs", None) if choice.logprobs else None
-        ended = finish == "length" or (len(ids) > 0 and int(ids[-1]) in stops)
+        by_id = len(ids) > 0 and int(ids[-1]) in stops
+        by_text = tokens_to_stop(self.decode, ids, request.stops) == len(ids)
+        ended = finish == "length" or by_id or by_text
         if told and len(told) == len(ids) and ended and self._comparable(request.temperature):
             log_probs = np.asarray(told, np.float32)
-        shown = ids[:-1] if finish == "stop" and ended else ids
+        shown = ids[:-1] if finish == "stop" and by_id else ids
         text = self.decode(shown) if len(ids) else str(choice.text)
         return Completion(ids, log_probs, text, finish, self.version)
 
@@ -212,6 +215,7 @@ class OpenAIModel:
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
+            **({"stop": list(request.stops)} if request.stops else {}),
             **({"extra_body": {"top_k": request.top_k}} if request.top_k else {}),
         )
         choice = self._choice(answer)

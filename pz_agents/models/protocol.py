@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,6 +22,8 @@ class GenerateRequest:
     top_p, top_k: 1.0 and 0 are off; anything else biases training and is refused there.
     seed: decides the sample alone; the other requests of the batch do not matter.
     stop_ids: generation ends after any of these (the end-of-turn token is always among them).
+    stops: texts, of any number of tokens; generation ends with the token in which the first of them
+        is complete.
     """
 
     prompt_ids: Ids
@@ -30,15 +33,17 @@ class GenerateRequest:
     top_p: float = 1.0
     top_k: int = 0
     stop_ids: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
     """What was sampled.
 
-    token_ids: [N] terminator included when ``finish`` is ``"stop"``.
+    token_ids: [N] as they were sampled; with ``finish`` ``"stop"`` the last is the terminator
+        or the token in which a stop text ended.
     log_probs: [N] log-softmax(logits / temperature) at ``token_ids``, before top-p or top-k.
-    text: the decoded ids without the terminator.
+    text: the decoded ids without the terminator; a stop text is part of it.
     version: of the weights.
 
     A server that does not tell ids or log-probs leaves ``log_probs`` (and ``token_ids``, where it
@@ -50,6 +55,19 @@ class Completion:
     text: str
     finish: Finish
     version: int
+
+
+def tokens_to_stop(decode: Callable[[Ids], str], ids: Ids, stops: Sequence[str]) -> int | None:
+    """Return how many of ``ids`` it takes until a stop text is complete; None: there is none."""
+    if not stops:
+        return None
+
+    def stopped(count: int) -> bool:
+        text = decode(ids[:count])
+        return any(stop in text for stop in stops)
+
+    count = bisect.bisect_left(range(len(ids) + 1), True, key=stopped)
+    return count if count <= len(ids) else None
 
 
 def is_trainable(completion: Completion) -> bool:

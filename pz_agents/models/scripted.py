@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pz_agents.errors import ModelError
-from pz_agents.models.protocol import Completion, GenerateRequest, Message
+from pz_agents.models.protocol import Completion, GenerateRequest, Message, tokens_to_stop
 from pz_agents.sdk.types import Ids, LogProbs
 
 Script = Callable[[str, int], str]
@@ -30,6 +30,7 @@ class ByteTokenizer:
     """Text as UTF-8 bytes, each message between a role mark and an end mark."""
 
     end_of_turn_id = _END
+    vocabulary = _SIZE
 
     def encode(self, text: str) -> Ids:
         """Return one id a byte; lone surrogates become question marks."""
@@ -132,12 +133,14 @@ class ScriptedModel(ByteTokenizer):
         ids = np.append(self.encode(self._reply(request)), _END).astype(np.int32)
         stops = np.flatnonzero(np.isin(ids, [_END, *request.stop_ids]))
         ids = ids[: int(stops[0]) + 1]
+        told = tokens_to_stop(self.decode, ids, request.stops)
+        ids = ids[:told]
         stopped = len(ids) <= new
         ids = ids[:new]
         return Completion(
             token_ids=ids,
             log_probs=_log_probs(len(ids)),
-            text=self.decode(ids[:-1] if stopped else ids),
+            text=self.decode(ids[:-1] if stopped and told is None else ids),
             finish="stop" if stopped else "length",
             version=self.version,
         )

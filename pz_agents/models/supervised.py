@@ -83,6 +83,7 @@ class SupervisedModel:
         self.max_context = int(about["max_context"])
         self.end_of_turn_id = int(about["end_of_turn_id"])
         self.template = str(about["template"])
+        self.vocabulary = int(about["vocabulary"])
 
     def __enter__(self) -> SupervisedModel:
         return self
@@ -206,7 +207,8 @@ class Child:
     def describe(self) -> dict[str, Any]:
         """Return the model's attributes."""
         names = ("name", "max_context", "end_of_turn_id", "template")
-        return {name: getattr(self._model, name) for name in names}
+        about = {name: getattr(self._model, name) for name in names}
+        return {**about, "vocabulary": getattr(self._model, "vocabulary", 2**31)}
 
     def encode(self, text: str) -> bytes:
         """See ``LanguageModel``."""
@@ -223,8 +225,10 @@ class Child:
     def generate(self, requests: list[list[Any]]) -> list[list[Any]]:
         """See ``LanguageModel``; a completion is its ids, log-probs, text and finish."""
         asked = [
-            GenerateRequest(_ids(ids), new, seed, temperature, top_p, top_k, tuple(stops))
-            for ids, new, seed, temperature, top_p, top_k, stops in requests
+            GenerateRequest(
+                _ids(ids), new, seed, temperature, top_p, top_k, tuple(stop_ids), tuple(stops)
+            )
+            for ids, new, seed, temperature, top_p, top_k, stop_ids, stops in requests
         ]
         return [
             [_bytes(each.token_ids), each.log_probs.tobytes(), each.text, each.finish]
@@ -250,6 +254,7 @@ def _plain(request: GenerateRequest) -> list[Any]:
         float(request.top_p),
         int(request.top_k),
         [int(each) for each in request.stop_ids],
+        list(request.stops),
     ]
 
 

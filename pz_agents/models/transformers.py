@@ -8,7 +8,7 @@ the weights' type. The folder's own generation settings (top-p, repetition penal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from pz_agents.models.scoring import score_candidates
 from pz_agents.sdk.types import Ids, LogProbs
 from pz_envs.errors import require
 
+_MARGIN = 8
+"""Tokens without text of their own that may be among those of a stop text."""
+
 
 class TransformersModel:
     """A policy from a ``save_pretrained`` folder; see ``LanguageModel``.
@@ -47,6 +50,7 @@ class TransformersModel:
     Attributes:
         network: the transformers model, in evaluation mode.
         chat: the tokenizer.
+        vocabulary: how many token ids there are.
         autocast: the type of matrix products; None: that of the weights.
 
     Raises:
@@ -79,6 +83,7 @@ class TransformersModel:
         self.max_context = min(
             int(config.max_position_embeddings), int(self.chat.tokenizer.model_max_length)
         )
+        self.vocabulary = int(self.network.get_input_embeddings().num_embeddings)
         self.template = str(getattr(config, "pz_template", "chat"))
 
     def encode(self, text: str) -> Ids:
@@ -209,7 +214,7 @@ class TransformersModel:
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
         sampler = _Sampler(requests, self._device)
-        stop = _Stop(requests, self._ends, width, self._device)
+        stop = _Stop(requests, self._ends, width, self._device, self.decode)
         with self._products():
             sequences = self.network.generate(
                 input_ids=ids.to(self._device),
@@ -225,12 +230,15 @@ class TransformersModel:
         tokens = sequences[:, width:].cpu().numpy().astype(np.int32)
         log_probs = torch.stack(sampler.log_probs, 1).cpu().numpy()
         return [
-            self._completion(request, tokens[row], log_probs[row])
+            self._completion(request, tokens[row], log_probs[row], stop.told.get(row))
             for row, request in enumerate(requests)
         ]
 
-    def _completion(self, request: GenerateRequest, tokens: Ids, log_probs: LogProbs) -> Completion:
-        tokens = tokens[: request.max_new_tokens]
+    def _completion(
+        self, request: GenerateRequest, tokens: Ids, log_probs: LogProbs, told: int | None
+    ) -> Completion:
+        """Return what a row says; ``told`` is after how many tokens a stop text was complete."""
+        tokens = tokens[: min(told or len(tokens), request.max_new_tokens)]
         stops = np.flatnonzero(np.isin(tokens, list(self._ends.union(request.stop_ids))))
         length = int(stops[0]) + 1 if len(stops) else len(tokens)
         text = self.decode(tokens[: length - 1] if len(stops) else tokens)
@@ -238,7 +246,7 @@ class TransformersModel:
             token_ids=tokens[:length].copy(),
             log_probs=log_probs[:length].copy(),
             text=text,
-            finish="stop" if len(stops) else "length",
+            finish="stop" if len(stops) or told else "length",
             version=self.version,
         )
 
@@ -273,7 +281,11 @@ class _Sampler(LogitsProcessor):  # type: ignore[misc]  # transformers is untype
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
-    """Each row ends at its own stop ids and its own length."""
+    """Each row ends at its own stop ids, its own stop texts and its own length.
+
+    Attributes:
+        told: rows that ended with a stop text, and after how many tokens.
+    """
 
     def __init__(
         self,
@@ -281,6 +293,7 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         ends: set[int],
         width: int,
         device: torch.device,
+        decode: Callable[[Ids], str],
     ) -> None:
         stops = [sorted(ends.union(request.stop_ids)) for request in requests]
         most = max(len(row) for row in stops)
@@ -289,7 +302,29 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
         new = [request.max_new_tokens for request in requests]
         self._lengths = torch.tensor(new, device=device) + width
         self.eos_token_id = self._stops  # tells `generate` to pad rows that have ended
+        self._width, self._decode = width, decode
+        # Rows that have not ended yet and have stop texts.
+        self._texts = {row: each.stops for row, each in enumerate(requests) if each.stops}
+        # A token has a byte of text or more, but for marks and parts of characters.
+        sizes = [len(stop.encode()) for stops in self._texts.values() for stop in stops]
+        self._tail = max(sizes, default=0) + _MARGIN
+        self.told: dict[int, int] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         ended = (input_ids[:, -1:] == self._stops).any(1)
-        return ended | (input_ids.shape[1] >= self._lengths)
+        if self._texts:
+            self._read(input_ids[:, self._width :], ended)
+        ended |= input_ids.shape[1] >= self._lengths
+        if self._texts:
+            over = ended.tolist()
+            self._texts = {row: stops for row, stops in self._texts.items() if not over[row]}
+        return ended
+
+    def _read(self, replies: torch.Tensor, ended: torch.Tensor) -> None:
+        """Note, in ``ended`` too, the rows whose last token completes a stop text."""
+        tails = replies[:, -self._tail :].cpu().numpy()
+        for row, stops in self._texts.items():
+            text = self._decode(tails[row])
+            if any(stop in text for stop in stops):
+                self.told[row] = replies.shape[1]
+                ended[row] = True

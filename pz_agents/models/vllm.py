@@ -129,7 +129,7 @@ class VllmModel:
         own = min(int(text.max_position_embeddings), int(self.chat.tokenizer.model_max_length))
         self.max_context = min(own, settings.context or own)
         self.template = str(getattr(text, "pz_template", "chat"))
-        self._vocabulary = int(text.vocab_size)
+        self.vocabulary = int(text.vocab_size)
         self._forgotten = False
         self._engine = EngineLoop(self.name, partial(self._start, base, settings, rank))
 
@@ -304,6 +304,9 @@ class VllmModel:
             top_p=request.top_p,
             top_k=request.top_k,
             stop_token_ids=sorted(self._ends.union(request.stop_ids)),
+            stop=list(request.stops),
+            include_stop_str_in_output=True,
+            detokenize=bool(request.stops),
             logprobs=0,
         )
 
@@ -317,7 +320,8 @@ class VllmModel:
         else:
             rows = zip(answer.logprobs, ids.tolist(), strict=True)
             log_probs = np.array([row[token].logprob for row, token in rows], np.float32)
-        text = self.decode(ids[:-1] if stopped else ids)
+        by_text = isinstance(answer.stop_reason, str)
+        text = self.decode(ids[:-1] if stopped and not by_text else ids)
         return Completion(ids, log_probs, text, "stop" if stopped else "length", self.version)
 
     async def _score(

@@ -186,7 +186,9 @@ class _Run:
         }
         if self.guidance is not None:
             self.counters["failed_priors"] = 0
-        self.owed = {"wm_turns": 0, "llm_turns": 0, "stretch": 0}
+        self.owed: dict[str, float] = {"wm_turns": 0, "llm_turns": 0, "stretch": 0}
+        if self.guidance is not None:
+            self.owed["llm_owed"] = 0.0
         commands: Mapping[str, Sequence[int]] = {}
         if resumed:
             try:

@@ -175,6 +175,11 @@ class GuidedSettings(UniZeroSettings):
         """Whether the language model learns at all."""
         return self.language is not None and self.wm_llm_ratio < 1
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Updates that the language model takes at once; 0: as many as are due, at least one."""
+        return 0
+
     def prior(self, model: LanguageModel) -> LanguagePrior:
         """Return what asks ``model`` for its opinion."""
         return LanguagePrior(model, self.language or LanguageSettings())

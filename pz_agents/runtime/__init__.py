@@ -1,15 +1,16 @@
 """Objects in other processes, here or on a Ray cluster, behind one small interface.
 
 A factory is named by its import path and given plain data; what it returns serves one call at a
-time in a process of its own. Arguments and answers are plain data too (None, booleans, numbers,
-strings, bytes, lists and dictionaries of them), so nothing is ever unpickled here. A process that
-dies or answers too late costs the calls it had, which raise ``LostError``; ``restart`` puts another
-under the same address. ``local`` has child processes, ``ray`` the actors of a Ray cluster, and what
-runs in them cannot tell which.
+time, or as many as are asked for, in a process of its own. Arguments and answers are plain data too
+(None, booleans, numbers, strings, bytes, lists and dictionaries of them), so nothing is ever
+unpickled here. A process that dies or answers too late costs the calls it had, which raise
+``LostError``; ``restart`` puts another under the same address. ``local`` has child processes,
+``ray`` the actors of a Ray cluster, and what runs in them cannot tell which.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from pz_agents import errors as agent_errors
 from pz_envs import errors
 from pz_envs.errors import ConfigError, InfraError
+from pz_envs.worker_child import load_factory
 
 __all__ = [
     "Call",
@@ -46,12 +48,15 @@ class Resources:
     custom: amounts of resources that a cluster's nodes were started with, by name.
     place: which of the places that were reserved, for the first process that is spawned; the next
         one has the next place. None: wherever there is room.
+    devices: GPUs of this machine as CUDA names them, one for each process that is spawned, which
+        sees that alone. A cluster deals them out itself. None: every process sees all.
     """
 
     cpus: float = 1.0
     gpus: float = 0.0
     custom: Mapping[str, float] = field(default_factory=dict)
     place: int | None = None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,8 @@ class Runtime(Protocol):
         n: int = 1,
         resources: Resources | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        concurrency: int = 1,
     ) -> list[Handle]:
         """Start ``n`` processes, each with one object; returns before they are ready.
 
@@ -104,16 +111,29 @@ class Runtime(Protocol):
             n: how many.
             resources: of each.
             kwargs: plain data for the factory; each also gets its ``number``, from 0.
+            concurrency: calls that each object serves side by side, in threads; it must be made for
+                that. The others wait.
         """
         ...
 
     def call(self, handle: Handle, method: str, *args: Any, timeout: float = CALL_SECONDS) -> Call:
-        """Begin a call; those to one handle are served in the order they were begun.
+        """Begin a call; those to one handle are taken up in the order they were begun.
 
         Args:
             handle: of the object.
             method: its name.
             *args: plain data, and what ``share`` returned, which arrives as the bytes.
+            timeout: seconds from now after which the process is killed.
+        """
+        ...
+
+    def busy(self, handle: Handle, timeout: float = CALL_SECONDS) -> Call:
+        """Ask for how many seconds the oldest call that is being served has been; 0.0 without one.
+
+        It is answered beside the calls, whatever hangs in them.
+
+        Args:
+            handle: of the object.
             timeout: seconds from now after which the process is killed.
         """
         ...
@@ -216,12 +236,40 @@ def connect(address: str) -> Remote:
     return LocalRemote(address)
 
 
-def served(target: Any, method: str, args: Any) -> list[Any]:
-    """Call ``target`` as a server does: ``[True, answer]``, or ``[False, [kind, message]]``."""
-    try:
-        return [True, getattr(target, method)(*args)]
-    except Exception as error:  # the process boundary: every failure travels to the caller
-        return [False, described(error)]
+class Served:
+    """The object of a process, or why there is none, and since when it serves each of its calls.
+
+    Args:
+        factory: see ``Runtime.spawn``.
+        kwargs: its arguments.
+    """
+
+    def __init__(self, factory: str, kwargs: Mapping[str, Any]) -> None:
+        self._target: Any = None
+        self._failure: list[str] | None = None
+        self._begun: dict[object, float] = {}
+        try:
+            self._target = load_factory(factory)(**kwargs)
+        except Exception as error:  # the process boundary: whoever calls is told
+            self._failure = described(error)
+
+    def call(self, method: str, args: Any) -> list[Any]:
+        """Serve a call: ``[True, answer]``, or ``[False, [kind, message]]``; see ``answered``."""
+        if self._failure:
+            return [False, self._failure]
+        this = object()
+        self._begun[this] = time.monotonic()
+        try:
+            return [True, getattr(self._target, method)(*args)]
+        except Exception as error:  # the process boundary: every failure travels to the caller
+            return [False, described(error)]
+        finally:
+            del self._begun[this]
+
+    def busy(self) -> float:
+        """Return for how many seconds the oldest call has been served; 0.0 without one."""
+        now = time.monotonic()
+        return max((now - begun for begun in tuple(self._begun.values())), default=0.0)
 
 
 def described(error: BaseException) -> list[str]:
@@ -233,7 +281,7 @@ def described(error: BaseException) -> list[str]:
 
 
 def answered(reply: Any, what: str) -> Any:
-    """Return the answer in what ``served`` returned, or raise the error in it."""
+    """Return the answer in what ``Served.call`` returned, or raise the error in it."""
     done, value = reply
     if done:
         return value

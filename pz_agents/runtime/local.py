@@ -2,8 +2,9 @@
 
 Children are started by exec, never forked, and end with their parent, however it ends. The parent
 listens before it starts a child, which inherits the socket: whoever connects waits for a child that
-is still starting, and is told at once of one that died. Each handle has one thread here that makes
-its calls in order. Frames are those of the environment workers.
+is still starting, and is told at once of one that died. Each handle has as many threads here as its
+object serves calls at a time, and they make its calls in order. Frames are those of the environment
+workers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pz_agents.runtime import CALL_SECONDS, Event, Handle, LostError, Resources, answered
+from pz_agents.runtime.local_child import BUSY
 from pz_envs.worker_child import encode, receive
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -50,9 +52,11 @@ class _Process:
 
     handle: Handle
     first: bytes
+    device: str
     child: subprocess.Popen[bytes]
     line: socket.socket
     lane: ThreadPoolExecutor
+    side: ThreadPoolExecutor
     wanted: bool = True
     told: bool = False
 
@@ -100,17 +104,23 @@ class LocalRuntime:
         n: int = 1,
         resources: Resources | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        concurrency: int = 1,
     ) -> list[Handle]:
-        """Start ``n`` children; see ``Runtime``. ``resources`` are not kept count of."""
+        """Start ``n`` children; see ``Runtime``. Of ``resources``, only devices are dealt out."""
         handles = []
+        devices = (resources or Resources()).devices or [""] * n
         for number in range(n):
             place = next(self._numbers)
             name = f"{factory.rpartition(':')[2].lower()}-{place}"
             handle = Handle(name, f"local:{self._folder / str(place)}")
             given = {**(kwargs or {}), "number": number}
-            first = encode({"factory": factory, "kwargs": given, "name": name})
-            lane = ThreadPoolExecutor(1, thread_name_prefix=f"pz-{name}")
-            self._processes[handle] = _Process(handle, first, *_start(handle, first), lane)
+            first = encode({"factory": factory, "kwargs": given, "concurrency": concurrency})
+            # Threads begin with the first call that needs them.
+            lane = ThreadPoolExecutor(concurrency, thread_name_prefix=f"pz-{name}")
+            side = ThreadPoolExecutor(1, thread_name_prefix=f"pz-{name}-busy")
+            started = _start(handle, first, devices[number])
+            self._processes[handle] = _Process(handle, first, devices[number], *started, lane, side)
             handles.append(handle)
         return handles
 
@@ -118,8 +128,16 @@ class LocalRuntime:
         self, handle: Handle, method: str, *args: Any, timeout: float = CALL_SECONDS
     ) -> LocalCall:
         """Begin a call; see ``Runtime``."""
-        process = self._processes[handle]
-        child, until = process.child, time.monotonic() + timeout
+        return self._call(self._processes[handle].lane, handle, method, args, timeout)
+
+    def busy(self, handle: Handle, timeout: float = CALL_SECONDS) -> LocalCall:
+        """Ask for the age of the oldest call; see ``Runtime``."""
+        return self._call(self._processes[handle].side, handle, BUSY, (), timeout)
+
+    def _call(
+        self, lane: ThreadPoolExecutor, handle: Handle, method: str, args: Any, timeout: float
+    ) -> LocalCall:
+        child, until = self._processes[handle].child, time.monotonic() + timeout
 
         def make() -> Any:
             try:
@@ -132,7 +150,7 @@ class LocalRuntime:
             except OSError:
                 raise LostError(f"{handle.name} {_ending(child)} during `{method}`") from None
 
-        return LocalCall(process.lane.submit(make))
+        return LocalCall(lane.submit(make))
 
     def share(self, data: bytes) -> _Shared:
         """Store ``data`` in a file; see ``Runtime``."""
@@ -155,7 +173,7 @@ class LocalRuntime:
         process = self._processes[handle]
         self.kill(handle)
         process.line.close()
-        process.child, process.line = _start(handle, process.first)
+        process.child, process.line = _start(handle, process.first, process.device)
         process.wanted, process.told = True, False
 
     def watch(self) -> list[Event]:
@@ -226,8 +244,16 @@ def _exchange(handle: Handle, method: str, args: Any, until: float) -> Any:
     return answered(reply, f"`{method}` of {handle.name}")
 
 
-def _start(handle: Handle, first: bytes) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a child and return it with the socket whose end tells it that its parent has gone."""
+def _start(
+    handle: Handle, first: bytes, device: str
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a child and return it with the socket whose end tells it that its parent has gone.
+
+    Args:
+        handle: of its object.
+        first: what it is told first.
+        device: the GPU that it sees; empty: all.
+    """
     path = handle.address.removeprefix("local:")
     places = json.dumps([os.path.abspath(entry) for entry in sys.path])
     ours, theirs = socket.socketpair()
@@ -242,7 +268,11 @@ def _start(handle: Handle, first: bytes) -> tuple[subprocess.Popen[bytes], socke
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=passed,
-            env={**dict.fromkeys(_ONE_THREAD, "1"), **os.environ},
+            env={
+                **dict.fromkeys(_ONE_THREAD, "1"),
+                **os.environ,
+                **({"CUDA_VISIBLE_DEVICES": device} if device else {}),
+            },
             start_new_session=True,
         )
     with contextlib.suppress(BrokenPipeError):
@@ -277,5 +307,6 @@ def _end(owner: int, processes: dict[Handle, _Process], folder: Path) -> None:
     for process in processes.values():
         process.child.wait()
         process.line.close()
-        process.lane.shutdown(wait=False, cancel_futures=True)
+        for lane in (process.lane, process.side):
+            lane.shutdown(wait=False, cancel_futures=True)
     shutil.rmtree(folder, ignore_errors=True)

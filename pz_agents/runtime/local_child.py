@@ -1,7 +1,8 @@
 """The child side of ``local``: one object, served over a unix socket to whoever connects.
 
-Connections have a thread each; the object serves one call at a time. The process ends when its
-parent closes the socket between them, which its death does too, whatever the object is doing.
+Connections have a thread each; the object serves as many calls at a time as it was spawned for. The
+process ends when its parent closes the socket between them, which its death does too, whatever the
+object is doing.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pz_agents.runtime import described, served
-from pz_envs.worker_child import encode, load_factory, receive
+from pz_agents.runtime import Served, described
+from pz_envs.worker_child import encode, receive
+
+BUSY = "$busy"
+"""The method that asks for ``Served.busy``."""
 
 
 def main(line: int, listening: int, folder: str) -> None:
@@ -33,27 +37,23 @@ def main(line: int, listening: int, folder: str) -> None:
         each.set_inheritable(False)  # or a child of this process would seem to be listening
     first = receive(parent)
     threading.Thread(target=_end_with_parent, args=(parent, folder), daemon=True).start()
-    target: Any = None
-    failure: list[str] | None = None
-    try:
-        target = load_factory(first["factory"])(**first["kwargs"])
-    except Exception as error:  # the process boundary: whoever calls is told
-        failure = described(error)
-    turn = threading.Lock()
+    target = Served(first["factory"], first["kwargs"])
+    turns = threading.Semaphore(first["concurrency"])
     while True:
         connection, _ = listener.accept()
-        arguments = (connection, target, failure, turn)
+        arguments = (connection, target, turns)
         threading.Thread(target=_answer, args=arguments, daemon=True).start()
 
 
-def _answer(
-    connection: socket.socket, target: Any, failure: list[str] | None, turn: threading.Lock
-) -> None:
+def _answer(connection: socket.socket, target: Served, turns: threading.Semaphore) -> None:
     with connection:
         try:
             method, args = receive(connection)
-            with turn:
-                reply = [False, failure] if failure else served(target, method, _resolved(args))
+            if method == BUSY:
+                connection.sendall(encode([True, target.busy()]))
+                return
+            with turns:
+                reply = target.call(method, _resolved(args))
             connection.sendall(_frame(reply))
         except OSError:
             return  # whoever asked has gone

@@ -2,8 +2,9 @@
 
 A Ray of our own begins with the first runtime, listens on the loopback alone, has no dashboard,
 sends no usage statistics, and ends with the runtime that started it. Actors are named, so that any
-process of the cluster reaches them; bytes that are shared lie in the object store. Ray Tune, which
-needs ray as well, is at the end of this file.
+process of the cluster reaches them; bytes that are shared lie in the object store. A cluster that
+was joined is watched by its head (``cluster.py``). Ray Tune, which needs ray as well, is at the end
+of this file.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from pz_agents.runtime import (
     Handle,
     LostError,
     Resources,
+    Served,
     answered,
-    described,
-    served,
+    cluster,
 )
 from pz_envs.errors import ConfigError, require
 from pz_envs.worker_child import load_factory
@@ -42,8 +43,12 @@ INSTALL = "pz-agents[ray]"
 
 _STORE_BYTES = 200 << 20
 _FREE_SECONDS = 30.0
+_LOOK_SECONDS = 2.0
 _PLACE_SECONDS = 120.0
 _CUDA = "CUDA_VISIBLE_DEVICES"
+_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Seconds after which Ray ends a process, as it stands, whose cluster's head is silent. We look
+ourselves and stop in order; a step may take longer than Ray's minute."""
 
 
 class Host:
@@ -57,16 +62,15 @@ class Host:
 
     def __init__(self, factory: str, kwargs: dict[str, Any], path: list[str]) -> None:
         sys.path += [entry for entry in path if entry not in sys.path]
-        self._target: Any = None
-        self._failure: list[str] | None = None
-        try:
-            self._target = load_factory(factory)(**kwargs)
-        except Exception as error:  # the process boundary: whoever calls is told
-            self._failure = described(error)
+        self._served = Served(factory, kwargs)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Serve one call; the object store has put bytes where references were."""
-        return [False, self._failure] if self._failure else served(self._target, method, args)
+        return self._served.call(method, args)
+
+    def busy(self) -> list[Any]:
+        """Answer ``Served.busy``."""
+        return [True, self._served.busy()]
 
     def pid(self) -> int:
         """Return this process's id."""
@@ -112,6 +116,7 @@ class RayCall:
 
     def done(self) -> bool:
         """See ``Call``."""
+        self._owner.check_head()
         ready, _ = self._owner.ray.wait([self._ref], timeout=0)
         return bool(ready) or time.monotonic() > self._until
 
@@ -119,8 +124,12 @@ class RayCall:
         """See ``Call``."""
         what = f"`{self._method}` of {self._handle.name}"
         try:
+            self._owner.wait(self._ref, self._until)
             left = max(self._until - time.monotonic(), 0.0)
             reply = _get(self._owner.ray, self._ref, left, what)
+        except LostError:
+            self._owner.check_head(now=True)
+            raise
         except TimeoutError:
             self._owner.end(self._handle)
             raise LostError(
@@ -140,6 +149,9 @@ class RayRuntime:
 
     Raises:
         ConfigError: ray is not installed, or the cluster does not answer.
+
+    Once it is open, every method raises InfraError where the head of a cluster that was joined has
+    been silent for a while; ``close`` is safe even then.
     """
 
     def __init__(self, address: str = "local", *, cpus: int | None = None) -> None:
@@ -147,17 +159,24 @@ class RayRuntime:
         if address == "local":
             # Ray's own way to listen on 127.0.0.1 alone; it reads this when it is imported.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        self.ray = require("ray", INSTALL)
-        self._owns = not self.ray.is_initialized()
-        if self._owns:
-            _init(self.ray, address, cpus)
+        with _patient(address != "local"):
+            self.ray = require("ray", INSTALL)
+            self._owns = not self.ray.is_initialized()
+            if self._owns:
+                _init(self.ray, address, cpus)
+        self._head = (
+            None
+            if address == "local"
+            else cluster.Head(str(self.ray.get_runtime_context().gcs_address))
+        )
         self._space = f"pz-{uuid.uuid4().hex[:12]}"
         self._actors: dict[Handle, _Actor] = {}
         self._numbers = itertools.count()
         self._places: Any = None
+        self._held: tuple[int, Resources, float] | None = None
         self._cuda_before: list[str | None] = []
         self._actor_class = self.ray.remote(
-            concurrency_groups={"pid": 1, "stay": 1}, max_restarts=0, max_task_retries=0
+            concurrency_groups={"side": 1, "stay": 1}, max_restarts=0, max_task_retries=0
         )(_grouped(self.ray))
 
     def spawn(
@@ -166,8 +185,11 @@ class RayRuntime:
         n: int = 1,
         resources: Resources | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        concurrency: int = 1,
     ) -> list[Handle]:
         """Start ``n`` actors, which Ray places when there is room; see ``Runtime``."""
+        self.check_head()
         asked = resources or Resources()
         path = [os.path.abspath(entry) for entry in sys.path]
         handles = []
@@ -186,6 +208,7 @@ class RayRuntime:
                     num_cpus=asked.cpus,
                     num_gpus=asked.gpus,
                     resources=dict(asked.custom) or None,
+                    max_concurrency=concurrency,
                     scheduling_strategy=strategy,
                 )
                 return options.remote(factory, given, path)
@@ -198,11 +221,20 @@ class RayRuntime:
         self, handle: Handle, method: str, *args: Any, timeout: float = CALL_SECONDS
     ) -> RayCall:
         """Begin a call; see ``Runtime``."""
+        self.check_head()
         ref = self._actors[handle].actor.call.remote(method, *args)
         return RayCall(self, handle, method, ref, timeout)
 
+    def busy(self, handle: Handle, timeout: float = CALL_SECONDS) -> RayCall:
+        """Ask for the age of the oldest call; see ``Runtime``."""
+        self.check_head()
+        ref = self._actors[handle].actor.busy.remote()
+        return RayCall(self, handle, "busy", ref, timeout)
+
     def share(self, data: bytes) -> Any:
         """Put ``data`` into the object store; see ``Runtime``."""
+        # Where this machine's part of the cluster has gone too, Ray ends this process here.
+        self.check_head(now=True)
         return self.ray.put(data)
 
     def kill(self, handle: Handle) -> None:
@@ -216,6 +248,7 @@ class RayRuntime:
 
     def restart(self, handle: Handle) -> None:
         """Start an actor anew under its name; see ``Runtime``."""
+        self.check_head(now=True)
         self.kill(handle)
         until = time.monotonic() + _FREE_SECONDS
         while True:
@@ -229,6 +262,7 @@ class RayRuntime:
 
     def watch(self) -> list[Event]:
         """Return whose actors have ended; see ``Runtime``."""
+        self.check_head()
         events = []
         for handle, actor in self._actors.items():
             if actor.wanted and self.ray.wait([actor.life], timeout=0)[0]:
@@ -236,12 +270,27 @@ class RayRuntime:
                 events.append(Event(handle, "died"))
         return events
 
+    def check_head(self, *, now: bool = False) -> None:
+        """Raise InfraError where the cluster is lost; ``now``: though it was well a moment ago."""
+        if self._head is not None:
+            self._head.check(now=now)
+
+    def wait(self, ref: Any, until: float) -> None:
+        """Look at the head, where there is one, while an answer is waited for."""
+        while self._head is not None and time.monotonic() < until:
+            self.check_head()
+            if self.ray.wait([ref], timeout=_LOOK_SECONDS)[0]:
+                return
+
     def pid(self, handle: Handle) -> int:
         """Return the process id of the actor, on its node."""
         return int(self.ray.get(self._actors[handle].actor.pid.remote(), timeout=CALL_SECONDS))
 
     def reserve(self, count: int, each: Resources, own_gpus: float) -> None:
-        """Hold a placement group; see ``Runtime``."""
+        """Hold a placement group; see ``Runtime``. The same one is not held twice."""
+        if self._held == (count, each, own_gpus):
+            return
+        self._held = (count, each, own_gpus)
         amounts = {"CPU": each.cpus, "GPU": each.gpus, **each.custom}
         bundles = [{name: amount for name, amount in amounts.items() if amount}] * count
         # Every node has a resource of its own name.
@@ -284,7 +333,7 @@ class RayRuntime:
         self._actors.clear()
         if self._places is not None:
             self.ray.util.remove_placement_group(self._places)
-            self._places = None
+            self._places = self._held = None
         for before in self._cuda_before:
             os.environ.pop(_CUDA, None)
             if before is not None:
@@ -321,7 +370,8 @@ def _grouped(ray: Any) -> type:
     """Return ``Host`` with those methods apart that must answer while a call is served."""
 
     class Actor(Host):
-        pid = ray.method(concurrency_group="pid")(Host.pid)
+        pid = ray.method(concurrency_group="side")(Host.pid)
+        busy = ray.method(concurrency_group="side")(Host.busy)
         stay = ray.method(concurrency_group="stay")(Host.stay)
 
     return Actor
@@ -344,18 +394,43 @@ def _init(ray: Any, address: str, cpus: int | None) -> None:
             "include_dashboard": False,
             "object_store_memory": _STORE_BYTES,
         }
+    else:
+        noted = require("ray._private.utils", INSTALL).read_ray_address()
+        cluster.check(_as_ray_says(ray, cluster.find(address, noted)))
     at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **options)
+        # Without an address Ray takes the same as we have found; with `auto` any that runs here.
+        ray.init(address=None if address == "auto" else address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
+        what = "started" if address == "local" else f"joined at {address}"
         raise ConfigError(
-            f"no Ray answers at `{address}` ({error}). Start one: ray start --head; or use the "
-            "runtime `ray`, which starts its own"
+            f"no Ray could be {what} ({error}). A cluster that demands a token needs "
+            "RAY_AUTH_MODE=token here; the runtime `ray` starts a Ray of its own"
         ) from error
     finally:
         # Ray leaves a handler that exits at once, without a checkpoint.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, at_sigterm)
+
+
+@contextlib.contextmanager
+def _patient(wanted: bool) -> Iterator[None]:
+    """Let Ray, as it is set up here, wait for a silent head as long as we do; and no other Ray."""
+    if not wanted or _PATIENCE in os.environ:
+        yield
+        return
+    os.environ[_PATIENCE] = "86400"
+    try:
+        yield
+    finally:
+        del os.environ[_PATIENCE]
+
+
+def _as_ray_says(ray: Any, address: str) -> str:
+    """Return the address that Ray will ask: this machine's for the loopback's."""
+    host, _, port = address.rpartition(":")
+    own = host in ("localhost", "127.0.0.1", "[::1]")
+    return f"{ray.util.get_node_ip_address()}:{port}" if own else address
 
 
 def search(
@@ -368,6 +443,7 @@ def search(
     runtime: str,
     concurrent: int,
     seed: int,
+    stopped_by: Path,
 ) -> list[Trial]:
     """Run trials with Ray Tune, or go on with those in ``folder``; see ``pz_agents.tune``.
 
@@ -381,13 +457,16 @@ def search(
         runtime: ``ray`` or ``ray:ADDRESS``.
         concurrent: most at once; 0: no limit but the cluster's.
         seed: of what is drawn.
+        stopped_by: a file; when it is there the search ends, to be gone on with later.
 
     Raises:
         ConfigError: Ray Tune is not installed.
+        InfraError: the cluster was lost.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     opened = RayRuntime(runtime.partition(":")[2] or "local")
+    watch = cluster.Watch(opened.check_head, stopped_by)
     try:
         tune = require("ray.tune", INSTALL)
         if tune.Tuner.can_restore(str(folder)):
@@ -409,9 +488,15 @@ def search(
                     name=folder.name, storage_path=str(folder.parent), verbose=0
                 ),
             )
-        with _stopped_by_signals():
+        with _stopped_by_signals(), watch:
             results = tuner.fit()
         return [_ended(result) for result in results]
+    except KeyboardInterrupt:
+        if watch.lost is not None:
+            raise watch.lost from None
+        if watch.stopped:
+            return []
+        raise
     finally:
         opened.close()
 

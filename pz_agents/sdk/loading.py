@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pz_agents.errors import AgentError
+from pz_agents.errors import AgentError, WrongAgentError
 from pz_agents.sdk.protocols import Agent, AgentFunction
 from pz_agents.sdk.types import Turn
 from pz_envs.errors import did_you_mean
@@ -82,7 +82,9 @@ def load_agent(
     if inspect.isclass(target) or (inspect.isroutine(target) and not _is_plain(target)):
         agent = _construct(spec, target, model, arguments)
     elif arguments:
-        raise AgentError(f"{spec} is no class and no factory, so it takes no {_listed(arguments)}")
+        raise WrongAgentError(
+            f"{spec} is no class and no factory, so it takes no {_listed(arguments)}"
+        )
     else:
         agent = target
     if not hasattr(agent, "act") and inspect.isroutine(agent) and _is_plain(agent):
@@ -141,7 +143,7 @@ def _target(spec: str) -> Any:
         place = spec
     elif not colon or not place or not name:
         known = agent_names()
-        raise AgentError(
+        raise WrongAgentError(
             f"No agent `{spec}`.{did_you_mean(spec, known)} Known: {', '.join(known)}; "
             "or give package.module:Name, path/file.py:Name or external:COMMAND"
         )
@@ -153,7 +155,7 @@ def _target(spec: str) -> Any:
         present = _names_in(module)
         listed = f"It has: {', '.join(present)}" if present else "It defines no class or function"
         failed = f"has no `{name}`.{did_you_mean(name, present)}" if colon else "needs a `:Name`."
-        raise AgentError(f"{place} {failed} {listed}")
+        raise WrongAgentError(f"{place} {failed} {listed}")
     return target
 
 
@@ -163,7 +165,7 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             raise _import_failed(name, error) from error
-        raise AgentError(
+        raise WrongAgentError(
             f"No module `{name}` ({error.name} is not installed). For a file give its path: "
             "path/file.py:Name"
         ) from error
@@ -175,7 +177,7 @@ def _load_file(path: Path) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise AgentError(f"No file {path}.{did_you_mean(path.name, beside)}")
+        raise WrongAgentError(f"No file {path}.{did_you_mean(path.name, beside)}")
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
     name = f"pz_agent_file_{path.stem}_{digest}"
     loader_spec = importlib.util.spec_from_file_location(name, path)
@@ -241,19 +243,21 @@ def _construct(
         if model is not None:
             arguments.setdefault("model", model)
         elif parameters["model"].default is inspect.Parameter.empty and "model" not in arguments:
-            raise AgentError(f"agent {spec} needs a language model; give one, e.g. model `tiny`")
+            raise WrongAgentError(
+                f"agent {spec} needs a language model; give one, e.g. model `tiny`"
+            )
     any_keyword = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
     unknown = [] if any_keyword else [name for name in arguments if name not in parameters]
     if unknown:
         takes = [name for name in parameters if name != "model"]
-        raise AgentError(
+        raise WrongAgentError(
             f"agent {spec} takes no {_listed(unknown)}.{did_you_mean(unknown[0], takes)} "
             f"It takes: {', '.join(takes) or 'nothing'}"
         )
     missing = [item.name for item in _required(target) if item.name not in arguments]
     if missing:
         kind = "class" if inspect.isclass(target) else "factory"
-        raise AgentError(
+        raise WrongAgentError(
             f"agent {spec} is a {kind} that also needs {_listed(missing)}; give them as agent "
             "arguments (a function that is the agent itself takes (observation, info))"
         )

@@ -13,43 +13,45 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from pz_agents.models.protocol import Completion, GenerateRequest, LanguageModel, Message
+from pz_agents.models.protocol import (
+    Completion,
+    GenerateRequest,
+    LanguageModel,
+    Message,
+    tokens_to_stop,
+)
 from pz_agents.sdk.types import Ids, LogProbs
+from pz_agents.serving.fields import Kind, refused, refused_in_message
 from pz_envs.seeding import derive_seed
-
-Kind = Literal["chat", "text"]
 
 _TEXT_TOKENS = 16
 _MOST_CHOICES = 128
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_REFUSED = {
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "top_logprobs": (0,),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-}
-"""Fields that are not supported, each with the values that ask for nothing."""
 
 
 class ApiError(Exception):
-    """A request that is refused, with HTTP status, field and code as OpenAI would tell them."""
+    """A request that is refused, with HTTP status, field and code as OpenAI would tell them.
+
+    ``allow`` are the methods that a page takes, where the wrong one was used.
+    """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        allow: str = "",
     ) -> None:
         super().__init__(message)
+        self.allow = allow
         self.status = status
         self.param = param
         self.code = code
@@ -142,12 +144,8 @@ def parse(
     Raises:
         ApiError: a field is wrong, missing or not supported; the prompt is too long.
     """
-    for name, harmless in _REFUSED.items():
-        if body.get(name) is not None and body[name] not in harmless:
-            raise ApiError(f"`{name}` is not supported here; leave it out", param=name)
-    wanted = body.get("response_format")
-    if wanted is not None and wanted != {"type": "text"}:
-        raise ApiError("`response_format` can only be text", param="response_format")
+    if (found := refused(kind, body)) is not None:
+        raise ApiError(found[1], param=found[0])
     messages: tuple[Message, ...] = ()
     if kind == "chat":
         messages = _messages(body)
@@ -164,7 +162,8 @@ def parse(
         temperature=_number(body, "temperature", 1.0, 0.0, 100.0),
         top_p=_number(body, "top_p", 1.0, 1e-6, 1.0),
         top_k=max(0, int(_number(body, "top_k", 0, -1, 2**31, whole=True))),
-        stop_ids=_stop_ids(body, stops, model),
+        stop_ids=_stop_ids(body),
+        stops=stops,
     )
     requests = tuple(
         replace(
@@ -177,16 +176,21 @@ def parse(
         for choice in range(int(choices))
     )
     options = body.get("stream_options") or {}
-    told = body.get("logprobs")
+    if not isinstance(options, dict):
+        raise ApiError(
+            f'`stream_options` must be an object, e.g. {{"include_usage": true}}; '
+            f"got {options!r:.80}",
+            param="stream_options",
+        )
     return Asked(
         kind=kind,
         requests=requests,
         stops=stops,
-        log_probs=bool(told) if kind == "chat" else told is not None and told is not False,
-        token_ids=bool(body.get("return_token_ids")),
-        prompt_log_probs=body.get("prompt_logprobs") is not None,
-        stream=bool(body.get("stream")),
-        stream_usage=bool(options.get("include_usage")),
+        log_probs=_flag(body, "logprobs") if kind == "chat" else _own_only(body, "logprobs"),
+        token_ids=_flag(body, "return_token_ids"),
+        prompt_log_probs=_own_only(body, "prompt_logprobs"),
+        stream=_flag(body, "stream"),
+        stream_usage=_flag(options, "include_usage"),
         messages=messages,
     )
 
@@ -199,19 +203,11 @@ def cut(completion: Completion, stops: Sequence[str], model: LanguageModel) -> C
     places = [place for stop in stops if (place := completion.text.find(stop)) >= 0]
     if not places:
         return completion
-    ids = completion.token_ids
-    low, high = 0, len(ids)
-    while low < high:  # the fewest tokens whose text holds a stop
-        middle = (low + high) // 2
-        text = model.decode(ids[:middle])
-        if any(stop in text for stop in stops):
-            high = middle
-        else:
-            low = middle + 1
+    count = tokens_to_stop(model.decode, completion.token_ids, stops)
     return replace(
         completion,
-        token_ids=ids[:low],
-        log_probs=completion.log_probs[:low],
+        token_ids=completion.token_ids[:count],
+        log_probs=completion.log_probs[:count],
         text=completion.text[: min(places)],
         finish="stop",
     )
@@ -244,7 +240,7 @@ def answer(
     read = sum(len(request.prompt_ids) for request in asked.requests)
     sampled = sum(len(completion.token_ids) for completion in completions)
     return {
-        **_head(asked, model),
+        **_head(asked, model, {completion.version for completion in completions}),
         "choices": choices,
         "usage": {
             "prompt_tokens": read,
@@ -275,14 +271,15 @@ def chunks(asked: Asked, whole: Mapping[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _head(asked: Asked, model: LanguageModel) -> dict[str, Any]:
+def _head(asked: Asked, model: LanguageModel, versions: Set[int]) -> dict[str, Any]:
+    """Return what an answer begins with; ``versions`` of the weights sampled its choices."""
     prefix, kind = ("chatcmpl", "chat.completion") if asked.kind == "chat" else ("cmpl", "")
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind or "text_completion",
         "created": int(time.time()),
         "model": model.name,
-        "system_fingerprint": f"version-{model.version}",
+        "system_fingerprint": f"version-{'+'.join(map(str, sorted(versions)))}",
     }
 
 
@@ -321,6 +318,11 @@ def _messages(body: Mapping[str, Any]) -> tuple[Message, ...]:
                 f"messages[{index}] has the role {role!r}. Allowed: {', '.join(_ROLES)}",
                 param="messages",
             )
+        if (carried := refused_in_message(each)) is not None:
+            raise ApiError(
+                f"messages[{index}] has `{carried}`, which is not supported here; only text is",
+                param="messages",
+            )
         content = each.get("content")
         if isinstance(content, list):
             if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
@@ -346,7 +348,15 @@ def _prompts(body: Mapping[str, Any], model: LanguageModel) -> list[Ids]:
 def _prompt(prompt: Any, model: LanguageModel) -> Ids:
     if isinstance(prompt, str):
         return model.encode(prompt)
-    if isinstance(prompt, list) and all(type(each) is int and 0 <= each < 2**31 for each in prompt):
+    if isinstance(prompt, list) and all(type(each) is int for each in prompt):
+        size = int(getattr(model, "vocabulary", 2**31))  # a server's is not known here
+        outside = next((each for each in prompt if not 0 <= each < size), None)
+        if outside is not None:
+            raise ApiError(
+                f"`prompt` has the token id {outside}; {model.name} has {size} tokens, "
+                f"0 to {size - 1}",
+                param="prompt",
+            )
         return np.asarray(prompt, np.int32)
     raise ApiError("`prompt` must be text, token ids, or a list of either", param="prompt")
 
@@ -359,15 +369,13 @@ def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(each for each in stops if each)
 
 
-def _stop_ids(
-    body: Mapping[str, Any], stops: Sequence[str], model: LanguageModel
-) -> tuple[int, ...]:
+def _stop_ids(body: Mapping[str, Any]) -> tuple[int, ...]:
     given = body.get("stop_token_ids") or []
-    if not isinstance(given, list) or any(type(each) is not int for each in given):
+    if not isinstance(given, list) or any(
+        type(each) is not int or not 0 <= each < 2**31 for each in given
+    ):
         raise ApiError("`stop_token_ids` must be a list of token ids", param="stop_token_ids")
-    # A stop text of one token can end the sampling at once; the others are cut off afterwards.
-    short = [model.encode(stop) for stop in stops]
-    return tuple(dict.fromkeys([*given, *(int(ids[0]) for ids in short if len(ids) == 1)]))
+    return tuple(dict.fromkeys(given))
 
 
 def _room(kind: Kind, body: Mapping[str, Any], model: LanguageModel, prompt: int) -> int:
@@ -385,6 +393,30 @@ def _room(kind: Kind, body: Mapping[str, Any], model: LanguageModel, prompt: int
             code="context_length_exceeded",
         )
     return wanted
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ApiError(f"`{name}` must be true or false; got {value!r:.80}", param=name)
+    return bool(value)
+
+
+def _own_only(body: Mapping[str, Any], name: str) -> bool:
+    """Return whether log-probs are asked for; those of other tokens than the text's are not known.
+
+    1 asks for the likeliest token's too, but is what clients send that want the text's alone.
+    """
+    value = body.get(name)
+    if value is None or value is False:
+        return False
+    if value is not True and value not in (0, 1):
+        raise ApiError(
+            f"`{name}` can be 0 or 1 here, for the log-probs of the text's own tokens; "
+            f"got {value!r:.80}",
+            param=name,
+        )
+    return True
 
 
 def _number(

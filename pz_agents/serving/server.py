@@ -4,37 +4,41 @@
 Requests that arrive together share a batch of the model, and with vLLM those that come while others
 are answered join them. Tokens go in and out as they are:
 see ``api``. It listens on loopback unless it is told otherwise. A stream is sent when the answer is
-done, in one part a choice. With ``sessions``, a request belongs to whoever its API key (or the
+done, in one part a choice. A client that leaves ends its requests where the model can do that
+(``generate_async``: vLLM). With ``sessions``, a request belongs to whoever its API key (or the
 ``/s/KEY/`` before its path) names, and everything served is told to that session.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
-import queue
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import unquote
 
 from pz_agents.errors import ModelError
 from pz_agents.models.protocol import Completion, GenerateRequest, LanguageModel
-from pz_agents.sdk.types import Ids, LogProbs
+from pz_agents.models.sharing import Batcher
 from pz_agents.serving import api
 from pz_agents.serving.api import ApiError, Call, Memory
+from pz_agents.serving.fields import Kind
 from pz_envs.errors import InfraError
 
 LOOPBACK = "127.0.0.1"
 
 _BODY_BYTES = 64 << 20
-_BATCH = 256
-_LINGER_SECONDS = 0.002
+_KINDS: dict[str, Kind] = {"/chat/completions": "chat", "/completions": "text"}
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ class ModelServer:
         key: str | None = None,
         sessions: dict[str, Session] | None = None,
     ) -> None:
-        self._batcher = _Batcher(model)
+        self._batcher = Batcher(model)
         handler = type("Handler", (_Handler,), {"site": _Site(model, self._batcher, key, sessions)})
         try:
             self._http = _Http((host, port), handler)
@@ -135,81 +139,13 @@ class _Http(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-class _Batcher:
-    """One thread that asks the model, for all that waits at once.
-
-    A model with ``shares_batches`` is asked by each request's own thread instead.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._shares = getattr(model, "shares_batches", False)
-        self._waiting: queue.SimpleQueue[tuple[GenerateRequest, Future[Completion]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, daemon=True, name="batches")
-        self._thread.start()
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Return the completions of ``requests``, sampled beside those of other threads."""
-        if self._shares:
-            return self._model.generate(requests)
-        if self._closed:
-            raise InfraError("the server is closing")
-        futures: list[Future[Completion]] = [Future() for _ in requests]
-        for pair in zip(requests, futures, strict=True):
-            self._waiting.put(pair)
-        return [future.result() for future in futures]
-
-    def score(self, prefix: Ids, candidate: Ids) -> LogProbs:
-        """Return the log-probs of ``candidate`` after ``prefix``, in no batch of ``generate``'s."""
-        with contextlib.nullcontext() if self._shares else self._lock:
-            return self._model.score(prefix, [candidate])[0]
-
-    def close(self) -> None:
-        """End the thread after its present batch."""
-        self._closed = True
-        self._waiting.put(None)
-        self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch = [first]
-            while len(batch) < _BATCH:
-                try:
-                    following = self._waiting.get(timeout=_LINGER_SECONDS)
-                except queue.Empty:
-                    break
-                if following is None:
-                    self._waiting.put(None)
-                    break
-                batch.append(following)
-            self._answer(batch)
-
-    def _answer(self, batch: list[tuple[GenerateRequest, Future[Completion]]]) -> None:
-        try:
-            with self._lock:
-                completions = self._model.generate([request for request, _ in batch])
-        except Exception as error:  # the waiting thread raises it, and answers with a status
-            if len(batch) == 1:
-                batch[0][1].set_exception(error)
-                return
-            for pair in batch:  # one request may have spoilt the others' batch
-                self._answer([pair])
-            return
-        for (_, future), completion in zip(batch, completions, strict=True):
-            future.set_result(completion)
-
-
 class _Site:
     """What all requests share."""
 
     def __init__(
         self,
         model: LanguageModel,
-        batcher: _Batcher,
+        batcher: Batcher,
         key: str | None,
         sessions: dict[str, Session] | None,
     ) -> None:
@@ -237,9 +173,14 @@ class _Site:
         return session
 
     def answer(
-        self, session: Session, kind: api.Kind, body: Any
+        self, session: Session, kind: Kind, body: Any, client: socket.socket
     ) -> tuple[api.Asked, dict[str, Any]]:
-        """Return what was asked for and the whole answer."""
+        """Return what was asked for and the whole answer.
+
+        Raises:
+            ApiError: the request is refused, or the model failed.
+            ConnectionResetError: ``client`` has gone, and its requests are no longer answered.
+        """
         if not isinstance(body, dict):
             raise ApiError("the body must be a JSON object")
         self._check_name(body.get("model"))
@@ -248,12 +189,12 @@ class _Site:
             asked = api.parse(kind, body, model, session.memory, session.next_seed())
             completions = [
                 api.cut(completion, asked.stops, model)
-                for completion in self._batcher.generate(asked.requests)
+                for completion in self._generate(asked.requests, client)
             ]
             scored = []
             if asked.prompt_log_probs:
                 prompts = [request.prompt_ids for request in asked.requests]
-                scored = [self._batcher.score(ids[:1], ids[1:]) for ids in prompts]
+                scored = [self._batcher.score(ids[:1], [ids[1:]])[0] for ids in prompts]
         except InfraError as error:
             raise ApiError(str(error), status=503) from error
         except ModelError as error:
@@ -268,10 +209,24 @@ class _Site:
         session.record(calls)
         return asked, api.answer(asked, completions, model, scored)
 
+    def _generate(
+        self, requests: Sequence[GenerateRequest], client: socket.socket
+    ) -> Sequence[Completion]:
+        ask = getattr(self.model, "generate_async", None)
+        if ask is None:
+            return self._batcher.generate(requests)
+        completions: Sequence[Completion] = asyncio.run(_while_there(ask(requests), client))
+        return completions
+
     def models(self) -> dict[str, Any]:
         """Return what ``/v1/models`` says."""
+        return {"object": "list", "data": [self.card("default")]}
+
+    def card(self, name: str) -> dict[str, Any]:
+        """Return what ``/v1/models/NAME`` says."""
+        self._check_name(name)
         card = {"id": self.model.name, "object": "model", "created": 0, "owned_by": "pz"}
-        return {"object": "list", "data": [{**card, "max_model_len": self.model.max_context}]}
+        return {**card, "max_model_len": self.model.max_context}
 
     def _check_name(self, name: Any) -> None:
         if name not in (None, "", "default", self.model.name):
@@ -281,6 +236,33 @@ class _Site:
                 param="model",
                 code="model_not_found",
             )
+
+
+async def _while_there(work: Coroutine[Any, Any, T], client: socket.socket) -> T:
+    """Return what ``work`` does, and cancel it when ``client`` closes its connection.
+
+    Raises:
+        ConnectionResetError: it did.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+
+    def look() -> None:
+        try:
+            gone = not client.recv(1, socket.MSG_PEEK)
+        except OSError:
+            gone = True
+        loop.remove_reader(client)  # what is there to read is its next request
+        if gone:
+            task.cancel()
+
+    loop.add_reader(client, look)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise ConnectionResetError("the client has gone") from None
+    finally:
+        loop.remove_reader(client)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -295,35 +277,43 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1
 
     def do_GET(self) -> None:
-        """Answer ``/v1/models`` and ``/health``."""
-
-        def respond(path: str, key: str) -> None:
-            if path == "/health":
-                self._send(200, {"status": "ok", "version": self.site.model.version})
-            elif path in ("/v1/models", "/models"):
-                self.site.session(key)
-                self._send(200, self.site.models())
-            else:
-                raise self._no_page(path)
-
-        self._guard(respond)
+        """Answer ``/v1/models``, ``/v1/models/NAME`` and ``/health``; HEAD without a body."""
+        self._guard(self._get)
 
     def do_POST(self) -> None:
         """Answer ``/v1/chat/completions`` and ``/v1/completions``."""
+        self._guard(self._post)
 
-        def respond(path: str, key: str) -> None:
-            body = self._body()
-            kinds: dict[str, api.Kind] = {"/chat/completions": "chat", "/completions": "text"}
-            kind = kinds.get(path.removeprefix("/v1"))
-            if kind is None:
-                raise self._no_page(path)
-            asked, whole = self.site.answer(self.site.session(key), kind, body)
-            if asked.stream:
-                self._stream(api.chunks(asked, whole))
-            else:
-                self._send(200, whole)
+    def do_PUT(self) -> None:
+        """Refuse, as every other method."""
+        self.close_connection = True  # its body is not read
+        self._guard(self._no_page)
 
-        self._guard(respond)
+    do_HEAD = do_GET
+    do_DELETE = do_OPTIONS = do_PATCH = do_PUT
+
+    def _get(self, path: str, key: str) -> None:
+        page = path.removeprefix("/v1")
+        if path == "/health":
+            self._send(200, {"status": "ok", "version": self.site.model.version})
+            return
+        if page != "/models" and not page.startswith("/models/"):
+            self._no_page(path, key)
+        self.site.session(key)
+        name = unquote(page.removeprefix("/models").removeprefix("/"))
+        self._send(200, self.site.card(name) if name else self.site.models())
+
+    def _post(self, path: str, key: str) -> None:
+        body = self._body()
+        kind = _KINDS.get(path.removeprefix("/v1"))
+        if kind is None:
+            self._no_page(path, key)
+        session = self.site.session(key)
+        asked, whole = self.site.answer(session, kind, body, self.connection)
+        if asked.stream:
+            self._stream(api.chunks(asked, whole))
+        else:
+            self._send(200, whole)
 
     def _guard(self, respond: Callable[[str, str], None]) -> None:
         """Call ``respond(path, key)``; whatever goes wrong becomes an answer."""
@@ -335,7 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             respond(path, key)
         except ApiError as error:
-            self._send(error.status, error.body)
+            self._send(error.status, error.body, error.allow)
         except (TimeoutError, BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         except Exception:  # the process boundary of a request: the server lives on
@@ -348,6 +338,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             self.close_connection = True
             raise ApiError("a Content-Length is needed", status=411) from None
+        if length < 0:
+            self.close_connection = True
+            raise ApiError(f"a Content-Length cannot be {length}")
         if length > _BODY_BYTES:
             self.close_connection = True
             raise ApiError(f"the body is over {_BODY_BYTES} bytes", status=413)
@@ -356,20 +349,35 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise ApiError(f"the body is not JSON: {error}") from None
 
-    def _no_page(self, path: str) -> ApiError:
-        return ApiError(
-            f"Nothing at {self.command} {path}. There are /v1/chat/completions, /v1/completions "
-            "and /v1/models",
+    def _no_page(self, path: str, key: str) -> NoReturn:
+        page = path.removeprefix("/v1")
+        listed = path == "/health" or page == "/models" or page.startswith("/models/")
+        if listed or page in _KINDS:
+            allow = "GET, HEAD" if listed else "POST"
+            raise ApiError(f"{path} takes {allow}, not {self.command}", status=405, allow=allow)
+        raise ApiError(
+            f"Nothing at {self.command} {path}. There are /v1/chat/completions, /v1/completions, "
+            "/v1/models and /health",
             status=404,
         )
 
-    def _send(self, status: int, answer: Any) -> None:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Tell what the HTTP layer refuses in OpenAI's shape too."""
+        self.close_connection = True
+        self._send(code, ApiError(message or HTTPStatus(code).phrase, status=code).body)
+
+    def _send(self, status: int, answer: Any, allow: str = "") -> None:
         payload = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
+        if allow:
+            self.send_header("Allow", allow)
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(payload)
+        if self.command != "HEAD":
+            self.wfile.write(payload)
 
     def _stream(self, parts: Sequence[Any]) -> None:
         lines = [f"data: {json.dumps(part)}\n\n" for part in parts]

@@ -10,7 +10,7 @@ hidden states and the logits. A loss is a sum over rows, so that none of this ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,54 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pz_agents.algorithms.losses import predictions, token_log_probs
+from pz_agents.algorithms.losses import Totals, predictions, token_log_probs
 from pz_agents.algorithms.rows import TrainRow
 
 MICRO_BATCH_COST = {"cpu": 128, "cuda": 2048}
 """What one more micro-batch costs on each kind of device, in tokens: its kernels start whatever
 their size."""
+
+
+@dataclass(slots=True, eq=False)
+class StepRows:
+    """This process's rows of a step and what was worked out about them in the first pass.
+
+    groups: the number of each row's group. minibatches: the rows of each update of a pass.
+    sums: of each mini-batch, over the rows of all ranks; so is sizes, their number of rows.
+    targets: [N, L] what a critic learns, by name.
+    old: [N, L] the learner's log-probs before its first update, where a correction needs them.
+    reference: [N, L] the reference's, where there is one. updates: how many were taken.
+    """
+
+    rows: Sequence[TrainRow]
+    groups: Sequence[int]
+    minibatches: Sequence[NDArray[np.intp]]
+    sums: Sequence[Totals]
+    sizes: Sequence[int]
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    updates: int = 0
+
+    @property
+    def totals(self) -> Totals:
+        """What the update that is being taken holds."""
+        return self.sums[self.updates % len(self.minibatches)]
+
+    @property
+    def size(self) -> int:
+        """The number of its rows, over all ranks."""
+        return self.sizes[self.updates % len(self.minibatches)]
+
+    @property
+    def numbers(self) -> NDArray[np.intp]:
+        """The rows of the update that is being taken."""
+        return self.minibatches[self.updates % len(self.minibatches)]
+
+    @property
+    def first_pass(self) -> bool:
+        """Whether the update's rows are seen for the first time."""
+        return self.updates < len(self.minibatches)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,3 +239,11 @@ def at_mask(flat: Tensor, mask: Tensor) -> Tensor:
     """Return ``flat`` [N] where ``mask`` [B, L] has its N True entries, 0 elsewhere."""
     zeros = torch.zeros(mask.shape, device=flat.device)
     return zeros.masked_scatter(mask, flat)
+
+
+def side_by_side(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
+    """Return ``arrays`` [N, L], padded on the right with 0."""
+    padded = np.zeros((len(arrays), max((len(each) for each in arrays), default=0)), np.float32)
+    for place, each in enumerate(arrays):
+        padded[place, : len(each)] = each
+    return torch.from_numpy(padded)

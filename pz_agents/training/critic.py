@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,15 +20,26 @@ from torch import Tensor
 from pz_agents.algorithms import CriticRule
 from pz_agents.algorithms.rows import TrainRow
 from pz_agents.config import Settings
-from pz_agents.errors import ModelError
+from pz_agents.errors import ModelError, WrongModelError
+from pz_agents.models import is_hub_id, model_folder
 from pz_agents.models.adapters import add_adapter, merged_state
 from pz_agents.models.protocol import Message
 from pz_agents.models.transformers import TransformersModel
 from pz_agents.sdk.types import Trajectory
-from pz_agents.training.batching import MicroBatch, values_of
+from pz_agents.training.batching import MicroBatch, StepRows, values_of
 from pz_agents.training.settings import TrainSettings
-from pz_agents.training.update import StepRows, Updater
+from pz_agents.training.update import Updater
 from pz_envs.seeding import derive_seed
+
+_TAKES = {
+    "critic_model": "`tiny`, a folder with a causal language model or a sequence classifier",
+    "reward_model": "a folder with a transformers sequence classifier of one label",
+}
+_ALSO = "or such a model of the Hugging Face hub that was downloaded (hf download ORG/NAME)"
+_MAKE = (
+    "To make one, train AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1) "
+    "on what replies are worth, and save_pretrained it together with its tokenizer"
+)
 
 GOES_ON = ("turns", "tokens", "time")
 """Limits after which an episode could have gone on; being cut for what was said is an end."""
@@ -214,16 +225,17 @@ def value_network(policy: Any, folder: str) -> Any:
 
     Args:
         policy: the network whose body is copied where ``folder`` is empty.
-        folder: a causal language model, or a classifier, whose head is then kept.
+        folder: see ``classifier_folder``; a classifier's head is kept.
 
     Raises:
-        ModelError: the architecture has no sequence classifier, or ``folder`` holds no model.
+        ModelError: the architecture has no sequence classifier.
+        WrongModelError: ``folder`` holds no model.
     """
     from transformers import AutoModelForSequenceClassification
 
     device = next(policy.parameters()).device
     if folder:
-        return classifier(Path(folder)).to(device)
+        return classifier(classifier_folder(folder, "critic_model")).to(device)
     config = type(policy.config).from_dict(policy.config.to_dict())
     config.num_labels = 1
     try:
@@ -240,6 +252,65 @@ def value_network(policy: Any, folder: str) -> Any:
     return module.to(device).eval()
 
 
+def classifier_folder(spec: str, setting: Literal["critic_model", "reward_model"]) -> Path:
+    """Return where the weights of a setting's model lie; nothing is downloaded or loaded.
+
+    Raises:
+        WrongModelError: there is no such model, transformers can make no classifier of it, or it
+            is to give rewards and is a language model; the message says what the setting takes.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    takes = f"`{setting}` takes {_TAKES[setting]}, {_ALSO}"
+    if spec == "tiny" and setting == "critic_model":
+        from pz_agents.models.tiny import tiny_folder
+
+        return tiny_folder()
+    if spec == "tiny":
+        raise WrongModelError(f"`tiny` is a language model and gives no score. {takes}. {_MAKE}")
+    if not is_hub_id(spec) and not (Path(spec).expanduser() / "config.json").is_file():
+        made = f" {_MAKE}" if setting == "reward_model" else ""
+        raise WrongModelError(f"No model `{spec}` (no {spec}/config.json). {takes}.{made}")
+    folder = model_folder(spec)
+    try:
+        kind = type(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise WrongModelError(f"{folder} holds no model: {error}. {takes}") from error
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise WrongModelError(f"transformers has no sequence classifier for {folder}. {takes}")
+    if setting == "reward_model":
+        labels = _head_labels(folder)
+        if labels == 0:
+            raise _headless(folder)
+        if labels not in (None, 1):
+            raise WrongModelError(f"{folder} gives {labels} scores, not one. {takes}")
+        if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+            # transformers would make an empty one for it.
+            raise WrongModelError(
+                f"{folder} holds no tokenizer to read conversations with. {_MAKE}"
+            )
+    return folder
+
+
+def _head_labels(folder: Path) -> int | None:
+    """Return how many scores the head in ``folder`` gives, 0 without one; None: not to be seen."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            if "score.weight" in set(tensors.keys()):
+                return int(tensors.get_slice("score.weight").get_shape()[0])
+    return 0 if files else None
+
+
+def _headless(folder: Path) -> WrongModelError:
+    return WrongModelError(
+        f"{folder} has no head that gives a score (its file lacks score.weight): it is a language "
+        f"model and no reward model. {_MAKE}"
+    )
+
+
 def classifier(folder: Path, *, needs_head: bool = False) -> Any:
     """Return the one-label classifier in ``folder``, in float32; a missing head is zeros.
 
@@ -248,7 +319,7 @@ def classifier(folder: Path, *, needs_head: bool = False) -> Any:
         needs_head: refuse a model without a head, such as a causal language model.
 
     Raises:
-        ModelError: there is no such model.
+        WrongModelError: there is no such model.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -257,10 +328,14 @@ def classifier(folder: Path, *, needs_head: bool = False) -> Any:
     logging.set_verbosity_error()
     try:
         module, told = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=torch.float32, output_loading_info=True
+            folder,
+            num_labels=1,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
+        raise WrongModelError(
             f"{folder} holds no model with one value a sequence (a transformers sequence "
             f"classifier with num_labels 1): {error}"
         ) from error
@@ -268,10 +343,7 @@ def classifier(folder: Path, *, needs_head: bool = False) -> Any:
         logging.set_verbosity(before)
     headless = any(name.startswith("score") for name in told["missing_keys"])
     if headless and needs_head:
-        raise ModelError(
-            f"{folder} has no head that gives a score (its file lacks score.weight): it is a "
-            "language model and no reward model"
-        )
+        raise _headless(folder)
     if headless:
         torch.nn.init.zeros_(module.score.weight)
     return module.eval()

@@ -13,10 +13,10 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pz_agents.rollout.codec import decode
 from pz_agents.runtime import Call, Handle, LostError, Runtime
@@ -25,6 +25,11 @@ from pz_agents.training.placement import resources_of, take_places
 from pz_agents.training.settings import TrainSettings
 from pz_agents.training.worker import pack_files
 from pz_envs.errors import InfraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pz_agents.training.broadcast import Broadcast
 
 WORKER = "pz_agents.training.worker:RolloutWorker"
 ENGINE = "pz_agents.training.worker:Engine"
@@ -92,19 +97,28 @@ class _Worker:
 
 @dataclass(slots=True)
 class _Engine:
-    """An engine and the call, made now and then, that tells whether it is well."""
+    """An engine: the weights it was sent, and the one call under way that tells how it is.
+
+    That call brings weights (``receives``: through the group), or asks, now and then, for how long
+    its oldest request has been served.
+    """
 
     handle: Handle
+    sent: _Weights | None = None
     check: Call | None = None
+    receives: bool = False
     asked: float = 0.0
     failures: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Weights:
-    shared: Any
+    """Weights that play now; ``shared`` are their files, once somebody needs them."""
+
+    save: Callable[[Path], None]
     version: int
     step: int
+    shared: Any = None
 
 
 class Fleet:
@@ -128,6 +142,12 @@ class Fleet:
         self.replaced = 0
         self._queue: deque[Share] = deque()
         self._weights: _Weights | None = None
+        self._failure: InfraError | None = None
+        self._broadcast: Broadcast | None = None
+        if settings.weights == "group":
+            from pz_agents.training.broadcast import Broadcast
+
+            self._broadcast = Broadcast(runtime, _ENGINE_SECONDS)
         self._engines = [
             _Engine(handle)
             for handle in runtime.spawn(
@@ -135,6 +155,8 @@ class Fleet:
                 settings.engines,
                 resources_of(settings, "engine", runtime),
                 {"model": settings.model, "threads": settings.threads},
+                # Every worker, new weights, and some that did not arrive.
+                concurrency=max(settings.workers, 1) + 2,
             )
         ]
         given = {
@@ -158,17 +180,31 @@ class Fleet:
         under_way = [worker.share for worker in self._workers if worker.share]
         return sum(len(share.places) for share in (*self._queue, *under_way))
 
-    def publish(self, save: Callable[[Path], None], version: int, step: int) -> None:
+    def publish(
+        self,
+        save: Callable[[Path], None],
+        version: int,
+        step: int,
+        state: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Let what is begun from now on be played with new weights.
+
+        With ``weights`` set to ``group``, they must stay as they are while the fleet is asked for
+        anything: an engine that is started anew gets them as files.
 
         Args:
             save: writes a ``save_pretrained`` folder (of an adapter, where one is trained).
             version: of these weights.
             step: steps done by them.
+            state: returns their ``state_dict``, any adapter added; to go through a group.
+
+        What fails here is raised when episodes are next asked for: the step is whole by then.
         """
-        self._weights = _Weights(self._runtime.share(pack_files(save)), version, step)
-        for engine in self._engines:
-            self._synchronise(engine)
+        self._failure = None
+        try:
+            self._begin(_Weights(save, version, step), state)
+        except InfraError as error:
+            self._failure = error
 
     def play(self, number: int) -> list[Trajectory]:
         """Play batch ``number`` and wait for all of it; sorted by group and attempt."""
@@ -181,6 +217,7 @@ class Fleet:
 
     def request(self, number: int) -> None:
         """Ask for batch ``number``; workers that are free begin at once."""
+        self._check()
         self.requested = number
         count, parts = self._settings.groups_per_step, len(self._workers)
         bounds = [count * part // parts for part in range(parts + 1)]
@@ -195,6 +232,7 @@ class Fleet:
         Raises:
             InfraError: a share was lost three times, or an engine or the episodes keep failing.
         """
+        self._check()
         until = time.monotonic() + seconds
         while True:
             self._look_after()
@@ -206,8 +244,45 @@ class Fleet:
 
     def close(self) -> None:
         """End every worker and engine; what they were playing is lost."""
+        self._leave()
         for handle in self.handles:
             self._runtime.kill(handle)
+
+    def _begin(self, weights: _Weights, state: Callable[[], Mapping[str, Tensor]] | None) -> None:
+        """Let weights play from now on."""
+        if self._broadcast is None or state is None:
+            self._files(weights)
+        else:
+            self._send(self._broadcast, weights, state())
+        self._weights = weights
+        for engine in self._engines:
+            self._tend(engine)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _files(self, weights: _Weights) -> Any:
+        """Return the files of weights, stored for everybody."""
+        if weights.shared is None:
+            weights.shared = self._runtime.share(pack_files(weights.save))
+        return weights.shared
+
+    def _send(self, broadcast: Broadcast, weights: _Weights, state: Mapping[str, Tensor]) -> None:
+        """Send weights to all engines through the group; if that fails, they get files later."""
+        # What was published is there no more: an engine that is started anew waits for this.
+        self._weights = None
+        while any(engine.check is not None for engine in self._engines):
+            self._look_after()
+            time.sleep(_LOOK_SECONDS)
+        handles = [engine.handle for engine in self._engines]
+        try:
+            calls = broadcast.send(handles, state, weights.version)
+        except LostError as error:
+            _logger.warning("%s; they get files", error)
+            return
+        for engine, call in zip(self._engines, calls, strict=True):
+            engine.sent, engine.check, engine.receives = weights, call, True
 
     def _assign(self) -> None:
         weights = self._weights
@@ -261,22 +336,49 @@ class Fleet:
         for engine in self._engines:
             if engine.handle in dead:
                 self._restore(engine, f"{engine.handle.name} {dead[engine.handle]}")
-            elif engine.check is not None and engine.check.done():
-                self._checked(engine, engine.check)
-            elif engine.check is None and time.monotonic() - engine.asked > _CHECK_SECONDS:
-                self._ask(engine, "version")
+            else:
+                self._tend(engine)
+
+    def _tend(self, engine: _Engine) -> None:
+        """Hear how an engine is, and begin what it needs next; one thing at a time."""
+        if engine.check is not None and engine.check.done():
+            self._checked(engine, engine.check)
+        if engine.check is not None:
+            return
+        weights = self._weights
+        if weights is not None and engine.sent is not weights:
+            files = self._files(weights)
+            engine.sent = weights
+            engine.check = self._runtime.call(
+                engine.handle, "load", files, weights.version, timeout=_ENGINE_SECONDS
+            )
+        elif time.monotonic() - engine.asked > _CHECK_SECONDS:
+            engine.asked = time.monotonic()
+            engine.check = self._runtime.busy(engine.handle, _ENGINE_SECONDS)
 
     def _checked(self, engine: _Engine, check: Call) -> None:
-        engine.check = None
+        received, engine.receives, engine.check = engine.receives, False, None
         try:
-            check.result()
+            told = check.result()
         except LostError as error:
             self._restore(engine, str(error))
+            return
+        except InfraError as error:
+            if not received:
+                raise
+            _logger.warning("%s; %s gets files", error, engine.handle.name)
+            self._leave()
+            engine.sent = None
+            return
+        # Of new weights it tells the version.
+        if isinstance(told, float) and told > _ENGINE_SECONDS:
+            name = engine.handle.name
+            self._restore(engine, f"{name} did not answer a request within {_ENGINE_SECONDS:g} s")
         else:
             engine.failures = 0
 
     def _restore(self, engine: _Engine, reason: str) -> None:
-        """Put another engine in the place of a dead one, and bring it into step."""
+        """Put another engine in the place of a dead or hung one, and bring it into step."""
         engine.failures += 1
         if engine.failures >= ENGINE_ATTEMPTS:
             raise InfraError(f"an engine died {ENGINE_ATTEMPTS} times without an answer: {reason}")
@@ -285,16 +387,15 @@ class Fleet:
         time.sleep(engine.failures - 1)
         self._replace(engine.handle)
         # Whatever it was asked before fails now and is of no interest.
-        engine.check = None
-        self._synchronise(engine)
+        engine.sent = engine.check = None
+        engine.receives = False
+        self._leave()
+        self._tend(engine)
 
-    def _synchronise(self, engine: _Engine) -> None:
-        if self._weights is not None:
-            self._ask(engine, "load", self._weights.shared, self._weights.version)
-
-    def _ask(self, engine: _Engine, method: str, *args: Any) -> None:
-        engine.asked = time.monotonic()
-        engine.check = self._runtime.call(engine.handle, method, *args, timeout=_ENGINE_SECONDS)
+    def _leave(self) -> None:
+        """Leave the group, in which somebody is missing."""
+        if self._broadcast is not None:
+            self._broadcast.close()
 
     def _replace(self, handle: Handle) -> None:
         self.replaced += 1

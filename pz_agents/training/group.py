@@ -1,4 +1,4 @@
-"""What several learner ranks do together: add up gradients, and send out what one of them has.
+"""What processes with weights do together: add up gradients, and send out what one of them has.
 
 A process group of torch.distributed that belongs to its object alone: no default group and no
 environment variable is set, so that nothing else in the process (TRL, accelerate) takes itself to
@@ -26,6 +26,8 @@ Backend = Literal["gloo", "nccl"]
 
 _BUCKET = 1 << 24
 """Most numbers of gradient that travel together, unless one parameter has more."""
+_PACKET = 1 << 26
+"""Most bytes of weights that travel together, unless one tensor has more."""
 _MEET_SECONDS = 300.0
 _LOOK_SECONDS = 0.0003
 _WATCH_SECONDS = 0.05
@@ -59,6 +61,7 @@ class Group:
         watch: Callable[[RuntimeError | None], None] = lambda _: None,
     ) -> None:
         self._watch, self._backend = watch, backend
+        self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         if isinstance(meeting, int):
             listening: dict[str, Any] = {"is_master": False}
             port = meeting
@@ -88,7 +91,7 @@ class Group:
         sums = torch.tensor(head, dtype=torch.float64, device=device)
         self._sum(sums)
         there = [p for p, count in zip(trained, sums[1:].tolist(), strict=True) if count]
-        for part in _buckets(there):
+        for part in _filled(there, _BUCKET, Tensor.numel):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             self._sum(flat)
@@ -115,6 +118,30 @@ class Group:
             for name in ("exp_avg", "exp_avg_sq"):
                 state.setdefault(name, torch.zeros_like(parameter))
                 self._send(state[name])
+
+    @torch.no_grad()
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Send rank 0's tensors, to the bit, to the others, who call ``receive`` meanwhile."""
+        for part in _filled(tensors, _PACKET, _bytes):
+            whole = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in part]
+            self._send(torch.cat([piece.to(self._device) for piece in whole]))
+
+    def receive(self, kinds: Sequence[Tensor]) -> list[Tensor]:
+        """Return what rank 0 sends, in the host's memory.
+
+        Args:
+            kinds: tensors of the same types and shapes, which may hold nothing (``meta``).
+        """
+        found: list[Tensor] = []
+        for part in _filled(kinds, _PACKET, _bytes):
+            sizes = [_bytes(kind) for kind in part]
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            self._send(flat)
+            for kind, piece in zip(part, torch.split(flat, sizes), strict=True):
+                own = torch.empty(kind.shape, dtype=kind.dtype)
+                own.reshape(-1).view(torch.uint8).copy_(piece)
+                found.append(own)
+        return found
 
     def close(self, *, abort: bool = False) -> None:
         """Leave the group.
@@ -162,7 +189,11 @@ def checksum(module: torch.nn.Module) -> str:
 
 def device_name(module: torch.nn.Module) -> str:
     """Return ``cpu``, or which GPU of all machines' the module is on."""
-    device = next(module.parameters()).device
+    return name_of(next(module.parameters()).device)
+
+
+def name_of(device: torch.device) -> str:
+    """Return ``cpu``, or which GPU of all machines' ``device`` is."""
     if device.type != "cuda":
         return device.type
     return str(torch.cuda.get_device_properties(device).uuid)
@@ -195,13 +226,19 @@ def _own_address(host: str, port: int) -> str:
         return str(way.getsockname()[0])
 
 
-def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the parameters in order, so many at once that a bucket is full."""
+def _filled(
+    tensors: Sequence[Tensor], most: int, size: Callable[[Tensor], int]
+) -> Iterator[list[Tensor]]:
+    """Yield the tensors in order, so many at once that ``size`` of them is not above ``most``."""
     part: list[Tensor] = []
-    for parameter in parameters:
-        if part and sum(each.numel() for each in part) + parameter.numel() > _BUCKET:
+    for tensor in tensors:
+        if part and sum(map(size, part)) + size(tensor) > most:
             yield part
             part = []
-        part.append(parameter)
+        part.append(tensor)
     if part:
         yield part
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -30,6 +30,7 @@ from pz_agents.training import checkpoint
 from pz_agents.training.fleet import Fleet
 from pz_agents.training.player import Player
 from pz_agents.training.plots import plot_bench
+from pz_agents.training.presets import resolve
 from pz_agents.training.run import OnProgress, train
 from pz_agents.training.settings import TrainSettings, check_resumable, resolved
 from pz_envs.errors import ConfigError, InfraError
@@ -48,15 +49,49 @@ _CHILD = (
 _logger = logging.getLogger(__name__)
 
 
+def with_presets(*given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of settings, later ones over earlier ones, with presets filled in.
+
+    Settings of a trainer (``algorithms.TRAINERS``) fill theirs in themselves.
+    """
+    values = {key: value for each in given for key, value in each.items()}
+    return values if load_trainer(str(values.get("algorithm", ""))) else resolve(*given)
+
+
+def settings_of(values: Mapping[str, Any], source: str) -> Any:
+    """Return settings of the kind that their algorithm has.
+
+    Args:
+        values: with presets filled in.
+        source: where they were read, for messages.
+
+    Raises:
+        ConfigError: a setting does not exist or has a wrong value, or there is no environment.
+    """
+    if not values.get("env") and not values.get("datasets"):
+        raise ConfigError(
+            "no environment to train on. Name one: --env pz/Countdown-v0; all ids: pz-envs list"
+        )
+    trainer = load_trainer(str(values.get("algorithm", "")))
+    return parse_settings(trainer.Settings if trainer else TrainSettings, values, source)
+
+
+def train_any(
+    settings: Any, folder: Path, *, resume: str = "auto", on_progress: OnProgress | None = None
+) -> Path:
+    """Train what the settings are of: a language model (``train_both``), or what a trainer does."""
+    trainer = load_trainer(settings.algorithm)
+    run = trainer.train if trainer else train_both
+    policy: Path = run(settings, folder, resume=resume, on_progress=on_progress)
+    return policy
+
+
 def read_settings(folder: Path) -> Any:
     """Return the settings that the run in ``folder`` was started with; None before it was."""
     path = folder / "config.json"
     if not path.is_file():
         return None
-    values = json.loads(path.read_text("utf-8"))
-    trainer = load_trainer(values.get("algorithm", ""))
-    kind = trainer.Settings if trainer else TrainSettings
-    return parse_settings(kind, {**values, "preset": ""}, str(path))
+    return settings_of({**json.loads(path.read_text("utf-8")), "preset": ""}, str(path))
 
 
 def train_both(

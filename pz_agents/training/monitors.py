@@ -3,12 +3,14 @@
 One JSON object a step, flushed as it is written; it holds nothing that a clock decides, so that
 runs that trained the same have the same bytes. What took how long is in ``timings.jsonl``. A
 resumed run drops the lines of steps that it takes again, and a last line that was torn; a value
-that is not finite is written as null and named under ``nan``. A monitor gets both, and its
-failures never end a run. Nothing is sent anywhere unless its own settings say so.
+that is not finite is written as null and named under ``nan``. ``logs/metrics.jsonl`` is a link to
+the one file. A monitor gets both, and its failures never end a run. Nothing is sent anywhere
+unless its own settings say so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -53,6 +55,7 @@ class MetricsLog:
         self._files = [
             _reopen(folder / name, steps_done) for name in ("metrics.jsonl", "timings.jsonl")
         ]
+        _link(folder / "logs" / "metrics.jsonl")
 
     def write(self, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """Add one step; ``metrics`` has its number under ``step``."""
@@ -85,6 +88,14 @@ class MetricsLog:
         except Exception:  # foreign code that may want the network: training goes on without it
             _logger.warning("the monitor failed and gets no more figures", exc_info=True)
             self._monitor = None
+
+
+def _link(link: Path) -> None:
+    """Make the figures be found among the logs too, where many scripts look for them."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a file system without links: then not
+        link.unlink(missing_ok=True)  # in a copied run it may be a file, which would grow old
+        link.symlink_to(Path("..") / link.name)
 
 
 class _TensorBoard:

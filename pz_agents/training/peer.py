@@ -6,7 +6,6 @@ no store and writes no file; its weights are rank 0's, before the first update a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from pz_agents.algorithms import load_algorithm
 from pz_agents.algorithms.losses import Totals
 from pz_agents.algorithms.rows import TrainRow
+from pz_agents.training.batching import StepRows, side_by_side
 from pz_agents.training.group import Backend, Group, checksum, device_name
 from pz_agents.training.settings import TrainSettings, algorithm_options
-from pz_agents.training.update import StepRows, Updater, objective, side_by_side
+from pz_agents.training.update import Updater, objective
 
 _FIELDS = {"ids": np.int32, "mask": np.bool_, "log_probs": np.float32, "advantages": np.float32}
 """What networks and losses need of a row."""
@@ -30,18 +30,14 @@ class Peer:
 
     Args:
         settings: of the run, as plain values.
-        devices: the GPUs of this machine; none where a cluster deals them out.
         number: its rank, less one.
     """
 
-    def __init__(self, settings: dict[str, Any], devices: list[str], number: int) -> None:
+    def __init__(self, settings: dict[str, Any], number: int) -> None:
         from pz_agents.models import load_model
         from pz_agents.training.worker import one_thread
 
         self._rank = number + 1
-        if devices:
-            # CUDA reads it when it is first used, which is below.
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices[self._rank % len(devices)]
         self._settings = TrainSettings(**settings)
         one_thread(self._settings.threads)
         self._updaters = updaters_of(self._settings, load_model(self._settings.model))

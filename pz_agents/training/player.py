@@ -13,16 +13,70 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pz_agents.algorithms import Algorithm, load_algorithm
-from pz_agents.errors import ModelError
+from pz_agents.errors import WrongModelError
 from pz_agents.rollout import EpisodeSpec, Limits, RolloutContext, Task, run_episodes
 from pz_agents.sdk.types import Trajectory
 from pz_agents.training.mixture import DATA_ENV, ORDERED, DataEnv, Mixture, env_row, load_mixture
 from pz_agents.training.settings import TrainSettings, algorithm_options
+from pz_agents.training.stopping import check_metric
+from pz_envs.errors import require
 from pz_envs.seeding import derive_seed
 
 if TYPE_CHECKING:
     from pz_agents.models import LanguageModel
     from pz_agents.training.rewards import Rewards
+
+_ELSEWHERE = ("openai:", "scripted:", "supervised:")
+"""Beginnings of models whose weights another process has."""
+
+
+def check(settings: TrainSettings, *, plays: bool = True) -> None:
+    """Raise what is wrong with the settings before a run begins, as far as that is quickly seen.
+
+    Args:
+        settings: of the run.
+        plays: episodes are played on this machine, so it must have the environment and its data.
+
+    Raises:
+        AgentError: there is no such reward function, or no such function for ``eval_metrics``.
+        ConfigError: an environment, algorithm, model, option or argument does not exist, or a
+            package is not installed.
+        DataError: a file that is trained or evaluated on cannot be read.
+        WrongModelError: there is no such model, it cannot be trained, or it is no critic or no
+            reward model.
+    """
+    from pz_agents.models import model_folder
+
+    options = algorithm_options(settings)
+    env_row(settings.env)
+    require("trl", "pz-agents[train]")
+    for name in (settings.reward_function, settings.eval_metrics):
+        if name:
+            from pz_agents.training.rewards import load_function
+
+            load_function(name)
+    check_metric(
+        settings.early_stopping,
+        evaluates=settings.eval_episodes > 0,
+        own_metrics=bool(settings.eval_metrics),
+    )
+    critic = str(getattr(options, "critic_model", ""))
+    if critic or settings.reward_model:
+        from pz_agents.training.critic import classifier_folder
+
+        if critic:
+            classifier_folder(critic, "critic_model")
+        if settings.reward_model:
+            classifier_folder(settings.reward_model, "reward_model")
+    if settings.model.startswith(_ELSEWHERE):
+        raise _untrainable(settings.model)
+    if settings.model != "tiny" and not settings.model.startswith("vllm:"):
+        model_folder(settings.model)
+    splits: list[Literal["train", "eval"]] = ["train"] if plays else []
+    if settings.eval_episodes:
+        splits.append("eval")
+    for split in splits:
+        _make_env(settings, None, split)(settings.env).close()
 
 
 class Player:
@@ -50,10 +104,7 @@ class Player:
         self.algorithm: Algorithm = load_algorithm(settings.algorithm)
         policy = load_model(str(model or settings.model))
         if not isinstance(policy, TransformersModel):
-            raise ModelError(
-                f"`{settings.model}` cannot be trained here: its weights are not in this process. "
-                "Use `tiny` or a folder with a transformers model."
-            )
+            raise _untrainable(settings.model)
         self.policy = policy
         self.agent = make_agent(settings, policy, settings.temperature)
         self._rewards: Rewards | None = None
@@ -133,6 +184,13 @@ class Player:
     def score(self, figures: Mapping[str, float]) -> float:
         """Return the figure of ``evaluate`` that the environment's tables show."""
         return figures[env_row(self.settings.env).metric]
+
+
+def _untrainable(model: str) -> WrongModelError:
+    return WrongModelError(
+        f"`{model}` cannot be trained here: its weights are not in this process. "
+        "Use `tiny` or a folder with a transformers model."
+    )
 
 
 def make_agent(settings: TrainSettings, policy: LanguageModel, temperature: float) -> Any:

@@ -17,7 +17,7 @@ PANELS = ("reward", "success", "entropy", "usable_groups")
 
 DETAILS = (
     *("reward", "success", "return", "turns"),
-    *("loss", "value_loss", "kl", "approx_kl"),
+    *("loss", "value_loss", "kl", "kl_weight", "approx_kl"),
     *("ratio", "clip_low", "clip_high", "value_clip"),
     *("entropy", "explained_variance", "grad_norm", "critic_grad_norm"),
     *("learning_rate", "critic_learning_rate", "sampled_tokens", "truncated"),
@@ -26,6 +26,10 @@ DETAILS = (
 
 PPO = ("loss", "value_loss", "reward", "advantage_std", "entropy", "explained_variance")
 """What is plotted of a run with a critic."""
+
+_ORDER_1 = ("loss", "ratio", "approx_kl", "kl")
+_ROUNDING = 1e-3
+"""Where these differ by less, what is seen would be rounding: the axis spans at least this."""
 
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +94,8 @@ def _installed() -> bool:
 
 def _curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], columns: int) -> Any:
     """Return a figure with a panel a metric: its values, and their moving average."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, grid = _figure(math.ceil(len(names) / columns), columns)
     steps = [line["step"] for line in metrics]
     for axes in grid[len(names) :]:
@@ -100,8 +106,17 @@ def _curves(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], columns:
         axes.plot(steps, _smoothed(values), linewidth=1.6)
         # Long labels would reach into the panel beside.
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-        axes.set_title(name)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        found = [value for value in values if math.isfinite(value)]
+        if name in _ORDER_1 and found and max(found) - min(found) < _ROUNDING:
+            middle = (max(found) + min(found)) / 2
+            axes.set_ylim(middle - _ROUNDING, middle + _ROUNDING)
+            axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+        policy = name == "loss" and any("value_loss" in line for line in metrics)
+        axes.set_title("loss (policy)" if policy else name)
         axes.set_xlabel("step")
+    told = "thin: each step; thick: moving average"
+    figure.text(0.98, 0.995, told, ha="right", va="top", fontsize=8)
     return figure
 
 
@@ -113,7 +128,7 @@ def _figure(rows: int, columns: int) -> tuple[Any, list[Any]]:
     FigureCanvasAgg(figure)
     # Half the time of a layout that measures every label.
     bottom = 0.5 / (3 * rows)
-    figure.subplots_adjust(0.07, bottom, 0.98, 1 - bottom, 0.2, 0.5)
+    figure.subplots_adjust(0.07, bottom, 0.98, 1 - bottom, 0.3, 0.5)
     return figure, list(figure.subplots(rows, columns).flat)
 
 

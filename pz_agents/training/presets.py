@@ -87,7 +87,10 @@ def resolve(*given: Mapping[str, Any]) -> dict[str, Any]:
                 names += _matching(layer, known)
         names.sort(key=lambda name: LAYERS.index(_layer_of(name)))
     values["preset"] = ",".join(names)
-    return merged(compose(names), values)
+    preset = compose(names)
+    if values.get("epochs") is not None:
+        preset.pop("steps", None)
+    return merged(preset, values)
 
 
 def read_config(path: Path) -> dict[str, Any]:

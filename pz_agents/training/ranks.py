@@ -10,23 +10,22 @@ steps alike. A rank that is lost ends the step; the run goes on from a checkpoin
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pz_agents.algorithms.rows import TrainRow
 from pz_agents.runtime import Call, LostError, Runtime
+from pz_agents.training.batching import StepRows
 from pz_agents.training.group import Group, backend_for, checksum, device_name
 from pz_agents.training.peer import pack, pack_rows, parted
 from pz_agents.training.placement import rank_count, resources_of
 from pz_agents.training.settings import TrainSettings
-from pz_agents.training.update import StepRows, Updater
+from pz_agents.training.update import Updater
 from pz_envs.errors import InfraError, PzError
 
 FACTORY = "pz_agents.training.peer:Peer"
@@ -77,7 +76,7 @@ class Team:
             FACTORY,
             self.size - 1,
             resources_of(settings, "rank", runtime),
-            {"settings": plain, "devices": _devices(settings)},
+            {"settings": plain},
         )
         self._calls: dict[int, Call] = {}
         self._updaters: Mapping[str, Updater] = {}
@@ -263,11 +262,3 @@ def _merged(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
         else:
             own[name] = sum(values)
     return own
-
-
-def _devices(settings: TrainSettings) -> list[str]:
-    """Return this machine's GPUs as CUDA names them; none where a cluster deals them out."""
-    if settings.runtime != "local":
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 from pz_agents.errors import AgentError
-from pz_agents.models import model_folder
 from pz_agents.models.protocol import Message
 from pz_agents.models.transformers import TransformersModel
 from pz_agents.sdk.loading import load_object
 from pz_agents.sdk.types import Trajectory
 from pz_agents.training.batching import micro_batches
-from pz_agents.training.critic import classifier
+from pz_agents.training.critic import classifier, classifier_folder
 from pz_agents.training.settings import TrainSettings
 from pz_envs.errors import ConfigError
 
@@ -46,7 +45,7 @@ class Rewards:
 
     Raises:
         AgentError: there is no such function.
-        ModelError: there is no such reward model.
+        WrongModelError: there is no such reward model.
     """
 
     def __init__(self, settings: TrainSettings, policy: TransformersModel) -> None:
@@ -58,9 +57,8 @@ class Rewards:
         self._model = None
         if settings.reward_model:
             device = next(policy.network.parameters()).device
-            self._model = RewardModel(
-                model_folder(settings.reward_model), device, settings.max_tokens_per_microbatch
-            )
+            folder = classifier_folder(settings.reward_model, "reward_model")
+            self._model = RewardModel(folder, device, settings.max_tokens_per_microbatch)
 
     def __call__(
         self, played: Sequence[Trajectory], columns: Columns | None = None
@@ -128,14 +126,14 @@ class RewardModel:
         budget: most tokens that go through it together, padding included.
 
     Raises:
-        ModelError: the folder holds no such model.
+        WrongModelError: the folder holds no such model.
     """
 
     def __init__(self, folder: Path, device: torch.device, budget: int = 8192) -> None:
         from transformers import AutoTokenizer
 
         self.network = classifier(folder, needs_head=True).to(device).requires_grad_(False)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._device = device
         self._budget = budget
         config = self.network.config.get_text_config()

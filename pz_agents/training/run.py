@@ -33,11 +33,12 @@ from pz_agents.training.fleet import Fleet, capacity
 from pz_agents.training.mixture import env_row
 from pz_agents.training.monitors import MetricsLog, read_metrics
 from pz_agents.training.placement import take_places
-from pz_agents.training.player import Player, episode_figures
+from pz_agents.training.player import Player, check, episode_figures
 from pz_agents.training.plots import plot_metrics
 from pz_agents.training.settings import TrainSettings, check_resumable, resolved
 from pz_agents.training.stopping import Stopper
-from pz_envs.errors import DataError, InfraError, require
+from pz_agents.training.telling import STEPS, UsableGroups, figures_text, log_to
+from pz_envs.errors import DataError, InfraError
 from pz_envs.files import write_atomic
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ __all__ = ["TrainSettings", "train"]
 OnProgress = Callable[[int, int, Mapping[str, float]], None]
 
 _logger = logging.getLogger(__name__)
-_steps = logging.getLogger(f"{__name__}.steps")
-
 
 MOST_RESTARTS = 3
 """How often a run goes on by itself after a learner rank was lost."""
@@ -120,7 +119,7 @@ def _train(
     """Train from the checkpoint there is until the end, or until a learner rank is lost."""
     folder = Path(folder)
     config = json.dumps(resolved(settings), indent=1)
-    env_row(settings.env)
+    check(settings, plays=wait is None and settings.runtime == "local")
     role: Role = "both" if wait is None else "trainer"
     # Nothing in the folder of a run that is going on is moved or written over.
     check_free(folder / "experience.db", role)
@@ -136,10 +135,9 @@ def _train(
     done = checkpoint.step_of(resumed) if resumed else 0
     if resumed and done >= settings.steps and not checkpoint.problems(policy):
         return policy
-    require("trl", "pz-agents[train]")
     with (
         full_disk_told(folder),
-        _log_to(folder / "logs"),
+        log_to(folder / "logs"),
         _open_store(folder, resumed, role) as store,
         Interrupt() as interrupt,
         _team(settings, fleet) as team,
@@ -186,6 +184,7 @@ class _Run:
         self.budget = FailureBudget()
         self.done = self.saved = checkpoint.step_of(resumed) if resumed else 0
         self.stopper = Stopper(settings.early_stopping)
+        self.usable = UsableGroups()
         self.player = Player(settings)
         self.policy = self.player.policy
         # The critic copies the weights as they are before any adapter.
@@ -235,23 +234,20 @@ class _Run:
             self.rewards.append(self.figures["reward"])
             metrics = {"step": step, **self.figures, **learned}
             due = step % settings.save_every == 0 or step == settings.steps
-            score = sum(self.rewards) / len(self.rewards)
-            if due and settings.eval_episodes:
-                figures = self.player.evaluate(settings.eval_episodes)
-                metrics.update({f"eval_{name}": value for name, value in figures.items()})
-                score = self.player.score(figures)
+            score = self._evaluated(metrics)
             timings = {
                 "seconds": time.monotonic() - self.began,
                 "rollout_seconds": self.rollout_seconds,
             }
             self.metrics.write(metrics, timings)
+            self.usable.observe(metrics)
             stops = self.stopper.observe(metrics)
             if self.team is not None and (due or stops):
                 self.team.check()
             if due or stops:
                 self.save(score)
             told = {**metrics, **timings}
-            _steps.info("step %d/%d %s", step, settings.steps, _figures_text(told))
+            STEPS.info("step %d/%d %s", step, settings.steps, figures_text(told))
             if on_progress is not None:
                 on_progress(step, settings.steps, told)
             return not (stops or self.interrupt.requested)
@@ -261,7 +257,7 @@ class _Run:
             self.learner.run(self.done + 1, settings.steps, self.collect, after_step, self.folder)
         except BaseException as error:
             # While episodes are played the weights are those of the last whole step.
-            whole = self.interrupt.may_raise or (isinstance(error, LostError) and self._is_whole())
+            whole = self.interrupt.may_raise or (isinstance(error, InfraError) and self._is_whole())
             if whole and self.done > self.saved:
                 self.save()
             if isinstance(error, LostError) and self.interrupt.requested:
@@ -272,6 +268,20 @@ class _Run:
         elif self.interrupt.requested and self.done < settings.steps:
             self.save()
             raise self.interrupt.requested
+
+    def _evaluated(self, metrics: dict[str, float]) -> float | None:
+        """Evaluate where it is time to, adding to the figures; return how good the weights are.
+
+        None where only evaluated weights are compared and these are not.
+        """
+        settings, step = self.settings, self.done
+        if not settings.eval_episodes:
+            return float(sum(self.rewards)) / len(self.rewards)
+        if step % (settings.eval_every or settings.save_every) and step != settings.steps:
+            return None
+        figures = self.player.evaluate(settings.eval_episodes)
+        metrics.update({f"eval_{name}": value for name, value in figures.items()})
+        return self.player.score(figures)
 
     def collect(self, step: int) -> Sequence[TrainRow]:
         """Get the step's episodes through the store and return their rows."""
@@ -303,11 +313,11 @@ class _Run:
         algorithm, options = self.player.algorithm, self.player.options
         if self.critic is None:
             credit = algorithm.credit(self.learner.with_kl_in_rewards(played), options)
-            return credit.rows, dict(credit.stats)
+            return credit.rows, {**credit.stats, **self.learner.kl_figures}
         credit = algorithm.credit(played, options)
         rows = self.learner.with_kl_in_token_rewards(credit.rows, len(played))
         rows, figures = self.critic.judge(step, played, rows)
-        return rows, {**credit.stats, **figures}
+        return rows, {**credit.stats, **self.learner.kl_figures, **figures}
 
     def _critic(self) -> Critic | None:
         """Return the critic of an algorithm that has one."""
@@ -436,15 +446,17 @@ class _Run:
 
     def _publish(self, step: int) -> None:
         """Publish the weights for processes that play, where there are any."""
+        from pz_agents.models.adapters import merged_state
+
+        network = self.policy.network
         if self.fleet is not None:
-            self.fleet.publish(self.policy.network.save_pretrained, self.learner.updates, step)
+            state_of = partial(merged_state, network)
+            self.fleet.publish(network.save_pretrained, self.learner.updates, step, state_of)
         if self.wait is None:
             return
         import torch
 
-        from pz_agents.models.adapters import merged_state
-
-        state = merged_state(self.policy.network)
+        state = merged_state(network)
         checkpoint.publish(
             self.folder / "weights",
             lambda folder: torch.save(state, folder / "weights.pt"),
@@ -493,31 +505,6 @@ def _open_store(folder: Path, resumed: Path | None, role: Role) -> ExperienceSto
 
 def _draw(folder: Path) -> None:
     plot_metrics(read_metrics(folder / "metrics.jsonl"), folder / "training_metrics")
-
-
-@contextlib.contextmanager
-def _log_to(folder: Path) -> Iterator[None]:
-    """Write a line a step, and every warning, to ``training_TIME.log`` in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = time.strftime("training_%Y%m%d-%H%M%S.log")
-    handler = logging.FileHandler(folder / name, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger("pz_agents"), _steps]
-    # Steps go to the file alone; the console has its own line.
-    _steps.propagate = False
-    _steps.setLevel(logging.INFO)
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
-
-
-def _figures_text(figures: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.6g}" for name, value in figures.items() if name != "step")
 
 
 def _copy_policy(checkpoints: Path, target: Path) -> None:

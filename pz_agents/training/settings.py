@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from pz_agents.algorithms import load_algorithm
 from pz_agents.config import Settings, parse_settings
+from pz_agents.rollout.reflect_retry import RetryOptions
 from pz_agents.rollout.store import Policy
-from pz_agents.training.mixture import DATA_ENV, DataSource
+from pz_agents.training.mixture import DATA_ENV, DataSource, load_mixture
 from pz_agents.training.monitors import MonitorName
 from pz_agents.training.presets import compose, preset_names
 from pz_agents.training.stopping import EarlyStopping
@@ -22,6 +24,7 @@ FREE_TO_CHANGE = frozenset(
         "save_every",
         "keep_checkpoints",
         "eval_episodes",
+        "eval_every",
         "eval_metrics",
         "early_stopping",
         "monitor",
@@ -31,6 +34,7 @@ FREE_TO_CHANGE = frozenset(
         "engines",
         "resources",
         "worker_seconds",
+        "weights",
         "learner_ranks",
         "colocate_all",
     }
@@ -82,6 +86,9 @@ class TrainSettings(Settings):
 
     steps: int = pydantic.Field(ge=1)
     """Steps of the run; in each, fresh tasks are played and learned from."""
+
+    epochs: float | None = pydantic.Field(default=None, gt=0, exclude=True)
+    """How often to go through `datasets`, in place of `steps`, which it turns into."""
 
     groups_per_step: int = pydantic.Field(default=8, ge=1)
     """Tasks a step."""
@@ -184,6 +191,9 @@ class TrainSettings(Settings):
     """Held-out episodes to play, greedily, at each checkpoint; the best checkpoint is then the
     one with the best result, else (0) the one with the highest mean reward since the last."""
 
+    eval_every: int | None = pydantic.Field(default=None, ge=1)
+    """Steps between evaluations, and after the last; None: at each checkpoint."""
+
     eval_metrics: str = ""
     """A function that measures the evaluation too, `package.module:name` or `path/file.py:name`:
     it is given the trajectories and returns a mapping of names to numbers."""
@@ -206,6 +216,10 @@ class TrainSettings(Settings):
 
     engines: int = pydantic.Field(default=0, ge=0)
     """Processes with a model that the workers share; 0: each worker has its own."""
+
+    weights: Literal["files", "group"] = "files"
+    """How engines get new weights: as files, which any of them can load, or through a process group
+    with the learner, by NCCL where each has a GPU of its own, else by gloo."""
 
     learner_ranks: int = pydantic.Field(default=1, ge=0)
     """Processes that learn together, each from its share of the rows (this one is the first); 0:
@@ -254,6 +268,26 @@ class TrainSettings(Settings):
             return values
         return {**compose(preset_names(str(values["preset"]))), **values}
 
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _steps_of_epochs(cls, values: Any, parse: Callable[[Any], TrainSettings]) -> TrainSettings:
+        if not isinstance(values, Mapping) or values.get("epochs") is None:
+            return parse(values)
+        if values.get("steps") is not None:
+            raise ConfigError(
+                f"`epochs` is {values['epochs']} and `steps` {values['steps']}; epochs decide the "
+                "steps, so leave one of them out"
+            )
+        if not values.get("datasets"):
+            raise ConfigError(
+                f"`epochs` is {values['epochs']} and there are no `datasets`: an environment's "
+                "tasks have no end to come to. Set `steps`"
+            )
+        one = parse({**values, "steps": 1})
+        rows = len(load_mixture(one.datasets, "train", one.seed))
+        steps = math.ceil((one.epochs or 0) * rows / one.groups_per_step - 1e-9)
+        return parse({**values, "steps": max(steps, 1)})
+
     @pydantic.model_validator(mode="after")
     def _check_staleness(self) -> TrainSettings:
         if self.batches_ahead < 0:
@@ -274,6 +308,17 @@ class TrainSettings(Settings):
             )
         if self.colocate_all and not self.engines:
             raise ConfigError("`colocate_all` needs `engines`: one for each GPU; there are none")
+        if self.weights == "group" and not self.engines:
+            raise ConfigError("`weights` go through a group to `engines`, and there are none")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_evaluation(self) -> TrainSettings:
+        if self.eval_every is not None and not self.eval_episodes:
+            raise ConfigError(
+                f"`eval_every` is {self.eval_every} and there are no `eval_episodes` to play; set "
+                "them too (100 are usual)"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -344,6 +389,17 @@ def algorithm_options(settings: TrainSettings) -> Settings:
             "selects what it learns from by the reward itself; set it to 0, or take another, "
             "e.g. grpo or ppo"
         )
+    if (
+        settings.correction != "none"
+        and settings.temperature != 1
+        and isinstance(options, RetryOptions)
+    ):
+        raise ConfigError(
+            f"`correction` ({settings.correction}) compares the log-probs of a retry with those "
+            f"it would have had without guidance, which {settings.algorithm} knows at "
+            f"`temperature` 1 alone; it is {settings.temperature:g}. Set it to 1, or `correction` "
+            "to none"
+        )
     beta = getattr(options, "beta", 0.0)
     if settings.kl_reward and beta:
         raise ConfigError(
@@ -377,7 +433,7 @@ def check_resumable(saved: Mapping[str, Any], settings: TrainSettings, folder: s
     if steady and settings.steps >= then["steps"]:
         free.add("steps")
     for path, old, new in _changes(then, now):
-        if path not in free:
+        if path.partition(".")[0] not in free:
             raise ConfigError(
                 f"`{path}` was {old!r} when the run in {folder} began and is "
                 f"{new!r} now; set it back, or train into another folder."

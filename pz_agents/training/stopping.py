@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import pydantic
 
 from pz_agents.config import Settings
 from pz_envs.errors import ConfigError, did_you_mean
+
+FIGURES = (
+    *("step", "version", "reward", "success", "turns", "sampled_tokens", "truncated", "failed"),
+    *("staleness", "stale_groups", "epoch", "rows", "groups", "usable_groups"),
+    *("loss", "entropy", "grad_norm", "learning_rate", "tokens", "micro_batches", "padding"),
+    *("ratio", "approx_kl", "clip_low", "clip_high", "kl", "kl_weight", "off_policy"),
+    *("correction", "engine_gap", "mismatch_kl", "mismatch_max_ratio", "effective_sample_size"),
+    *("skipped_updates", "out_of_memory"),
+    *("advantage", "advantage_std", "value", "return", "explained_variance", "value_loss"),
+    *("value_clip", "critic_grad_norm", "critic_learning_rate", "critic_skipped_updates"),
+    *("overlong", "overlong_penalty", "accepted", "zero_advantage_groups", "meta_rows"),
+)
+"""Every figure that a step of some algorithm has in `metrics.jsonl`."""
+
+EVALUATED = (
+    *("success", "low", "high", "score_norm", "reward", "turns", "sampled_tokens", "failed"),
+)
+"""What an evaluation finds without `eval_metrics`; in `metrics.jsonl` each with `eval_` before."""
 
 
 class EarlyStopping(Settings):
@@ -28,6 +46,44 @@ class EarlyStopping(Settings):
     """A value is better when it is better by more than this."""
 
 
+def check_metric(
+    settings: EarlyStopping | None, *, evaluates: bool = True, own_metrics: bool = False
+) -> None:
+    """Refuse a metric that no run has, as far as that is known before the first step.
+
+    Args:
+        settings: what is watched.
+        evaluates: whether there are `eval_episodes`.
+        own_metrics: whether there are `eval_metrics`, whose names only a call can tell.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    if settings is None:
+        return
+    name = settings.metric
+    if name.startswith("eval_") and not evaluates:
+        raise ConfigError(
+            f"early_stopping: `{name}` is of an evaluation, and there are no `eval_episodes` to "
+            "play; set them too (100 are usual)"
+        )
+    evaluated = [f"eval_{each}" for each in EVALUATED] if evaluates else []
+    known = [*FIGURES, *evaluated]
+    if name not in known and not (own_metrics and name.startswith("eval_")):
+        raise _unknown(name, known, "A step may have")
+
+
+def _unknown(name: str, names: Iterable[str], has: str) -> ConfigError:
+    names = list(names)
+    nearest = did_you_mean(name, names)
+    if f"eval_{name}" in names:
+        nearest = f" It is called `eval_{name}`."
+    return ConfigError(
+        f"early_stopping: no metric `{name}`.{nearest} {has}: {', '.join(names)}; and what "
+        "`eval_metrics` measures, as eval_NAME"
+    )
+
+
 class Stopper:
     """Watches one metric.
 
@@ -44,18 +100,15 @@ class Stopper:
         """Take note of a step's metrics and return whether the run is to end.
 
         Raises:
-            ConfigError: there is no such metric.
+            ConfigError: there is no such metric; one of an evaluation is missed at the first.
         """
         settings = self._settings
         if settings is None:
             return False
         value = metrics.get(settings.metric)
-        if value is None and not settings.metric.startswith("eval_"):
-            raise ConfigError(
-                f"early_stopping: no metric `{settings.metric}`."
-                f"{did_you_mean(settings.metric, list(metrics))} This step has: "
-                f"{', '.join(metrics)}"
-            )
+        evaluated = any(each.startswith("eval_") for each in metrics)
+        if value is None and (evaluated or not settings.metric.startswith("eval_")):
+            raise _unknown(settings.metric, metrics, "This step has")
         if value is None or math.isnan(value):
             return self.stopped
         value = value if settings.mode == "max" else -value

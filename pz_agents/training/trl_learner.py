@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from pz_agents.algorithms.rows import TrainRow
+from pz_agents.training.batching import StepRows
 from pz_agents.training.settings import TrainSettings
-from pz_agents.training.update import LossFunction, StepRows, Updater
+from pz_agents.training.update import LossFunction, Updater
 from pz_envs.seeding import derive_seed
 
 Collect = Callable[[int], Sequence[TrainRow]]

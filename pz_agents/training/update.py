@@ -16,7 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pz_agents.algorithms import load_algorithm
-from pz_agents.algorithms.corrections import mismatch, rollout_weights
+from pz_agents.algorithms.corrections import effective_share, mismatch, rollout_weights
 from pz_agents.algorithms.gae import adapted
 from pz_agents.algorithms.losses import MAX_LOG_RATIO, Loss, Tokens, Totals, aggregate, keep
 from pz_agents.algorithms.rows import TrainRow, rows_of
@@ -36,12 +36,14 @@ from pz_agents.sdk.types import Trajectory
 from pz_agents.training.batching import (
     MICRO_BATCH_COST,
     MicroBatch,
+    StepRows,
     at_mask,
     group_numbers,
     head_is_plain,
     log_probs_of,
     micro_batch,
     micro_batches,
+    side_by_side,
 )
 from pz_agents.training.memory import advice, savings
 from pz_agents.training.schedules import Schedule
@@ -62,48 +64,6 @@ LossFunction = Callable[..., Loss]
 Backward = Callable[[Tensor], None]
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class StepRows:
-    """This process's rows of a step and what was worked out about them in the first pass.
-
-    groups: the number of each row's group. minibatches: the rows of each update of a pass.
-    sums: of each mini-batch, over the rows of all ranks; so is sizes, their number of rows.
-    targets: [N, L] what a critic learns, by name.
-    old: [N, L] the learner's log-probs before its first update, where a correction needs them.
-    reference: [N, L] the reference's, where there is one. updates: how many were taken.
-    """
-
-    rows: Sequence[TrainRow]
-    groups: Sequence[int]
-    minibatches: Sequence[NDArray[np.intp]]
-    sums: Sequence[Totals]
-    sizes: Sequence[int]
-    targets: Mapping[str, Tensor] = field(default_factory=dict)
-    old: Tensor | None = None
-    reference: Tensor | None = None
-    updates: int = 0
-
-    @property
-    def totals(self) -> Totals:
-        """What the update that is being taken holds."""
-        return self.sums[self.updates % len(self.minibatches)]
-
-    @property
-    def size(self) -> int:
-        """The number of its rows, over all ranks."""
-        return self.sizes[self.updates % len(self.minibatches)]
-
-    @property
-    def numbers(self) -> NDArray[np.intp]:
-        """The rows of the update that is being taken."""
-        return self.minibatches[self.updates % len(self.minibatches)]
-
-    @property
-    def first_pass(self) -> bool:
-        """Whether the update's rows are seen for the first time."""
-        return self.updates < len(self.minibatches)
 
 
 class Objective(NamedTuple):
@@ -134,7 +94,8 @@ class Updater:
     ``updates`` counts optimizer steps taken, ``skipped`` those that were not: nothing to train on,
     or a loss or gradient that was not finite. ``budget`` is the most tokens of a micro-batch.
     ``group`` are the ranks that gradients are added up over, and ``team`` hands the rows out, on
-    rank 0; both are None where one process learns.
+    rank 0; both are None where one process learns. ``kl_figures`` are the KL a token of the last
+    episodes and the weight with which it was taken off their rewards.
     """
 
     def __init__(
@@ -153,6 +114,7 @@ class Updater:
         self._reference_in_loss = reference is not None and not settings.kl_reward
         self._entropy_gradient = entropy_gradient
         self.kl_weight = settings.kl_reward
+        self.kl_figures: dict[str, float] = {}
         self.device = next(module.parameters()).device
         self.autocast = autocast_type(settings.precision, self.device)
         if self.autocast is None or not settings.lora_rank:
@@ -296,8 +258,7 @@ class Updater:
         sums = np.zeros(len(trajectories))
         for (number, _), moved in zip(numbered, found, strict=True):
             sums[number] += moved.sum()
-        weight = self.kl_weight
-        self._steer_kl(rows, found, len(trajectories))
+        weight = self._kl_taken(rows, found, len(trajectories))
         return [
             replace(item, reward=item.reward - weight * float(divergence))
             if len(earned[item.group_id]) > 1
@@ -312,25 +273,25 @@ class Updater:
         if not self.settings.kl_reward:
             return rows
         found = self.divergences(rows)
-        weight = self.kl_weight
-        self._steer_kl(rows, found, rollouts)
+        weight = self._kl_taken(rows, found, rollouts)
         return [
             replace(row, rewards=row.rewards - np.float32(weight) * moved)
             for row, moved in zip(rows, found, strict=True)
         ]
 
-    def _steer_kl(
+    def _kl_taken(
         self, rows: Sequence[TrainRow], found: Sequence[NDArray[np.float32]], rollouts: int
-    ) -> None:
-        """Move the KL's weight towards where the KL a token is ``kl_target``, if there is one."""
-        settings = self.settings
-        if settings.kl_target is None:
-            return
+    ) -> float:
+        """Return the KL's weight for this step, and steer the next one's by the KL a token."""
+        settings, weight = self.settings, self.kl_weight
         tokens = sum(int(row.mask.sum()) for row in rows)
         mean = sum(float(moved.sum()) for moved in found) / max(tokens, 1)
-        self.kl_weight = adapted(
-            self.kl_weight, mean, settings.kl_target, rollouts, settings.kl_horizon
-        )
+        self.kl_figures = {"kl": mean, "kl_weight": weight}
+        if settings.kl_target is not None:
+            self.kl_weight = adapted(
+                weight, mean, settings.kl_target, rollouts, settings.kl_horizon
+            )
+        return weight
 
     def accumulate(self, step: StepRows, backward: Backward | None = None) -> Tensor:
         """Leave the gradients of one update over ``step`` and return its loss, detached.
@@ -449,6 +410,8 @@ class Updater:
             step.old[batch.numbers, : now.shape[1]] = now
         found = mismatch(now, batch.log_probs, batch.mask, step.totals)
         self._sums["mismatch_kl"] += found.kl
+        self._sums["mismatch_ratio"] += found.ratio
+        self._sums["mismatch_square"] += found.square
         self._sums["engine_gap"] = torch.maximum(
             torch.as_tensor(self._sums["engine_gap"], device=self.device), found.largest
         )
@@ -538,6 +501,11 @@ class Updater:
         gap = first.get("engine_gap", 0.0)
         metrics["engine_gap"] = gap
         metrics["mismatch_kl"] = first.get("mismatch_kl", 0.0)
+        for name in ("mismatch_ratio", "mismatch_square"):
+            metrics.pop(name, None)
+        metrics["effective_sample_size"] = effective_share(
+            first.get("mismatch_ratio", 0.0), first.get("mismatch_square", 0.0)
+        )
         metrics["mismatch_max_ratio"] = math.exp(min(gap, MAX_LOG_RATIO)) if gap == gap else gap
         metrics["skipped_updates"] = self.skipped
         metrics["out_of_memory"] = self.out_of_memory
@@ -550,14 +518,6 @@ class Updater:
                 gap,
             )
         return metrics
-
-
-def side_by_side(arrays: Sequence[NDArray[np.float32]]) -> Tensor:
-    """Return ``arrays`` [N, L], padded on the right with 0."""
-    padded = np.zeros((len(arrays), max((len(each) for each in arrays), default=0)), np.float32)
-    for place, each in enumerate(arrays):
-        padded[place, : len(each)] = each
-    return torch.from_numpy(padded)
 
 
 def autocast_type(

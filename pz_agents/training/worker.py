@@ -2,7 +2,8 @@
 
 A worker plays its part of a batch with a model of its own, or asks an engine. Weights come as the
 files of a ``save_pretrained`` folder (of an adapter alone, where one is trained), so that any
-backend that ``load_model`` knows can take them, and every completion says which version it is of.
+backend that ``load_model`` knows can take them; an engine may get them through a group instead.
+Every completion says which version it is of.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pz_agents.models.protocol import Completion, GenerateRequest, LanguageModel, Message
+from pz_agents.models.sharing import Batcher, Gate
 from pz_agents.rollout.codec import encode
 from pz_agents.runtime import LostError, connect
 from pz_agents.sdk.types import Ids, LogProbs
 from pz_agents.training.player import make_agent, play_batch
 from pz_agents.training.settings import TrainSettings
 from pz_envs.errors import InfraError
+
+if TYPE_CHECKING:
+    from pz_agents.training.group import Backend, Group
 
 _PATIENCE_SECONDS = 600.0
 _LONGEST_PAUSE = 2.0
@@ -75,7 +80,9 @@ class RolloutWorker:
 
 
 class Engine:
-    """A language model for several workers; what it serves always is of one version.
+    """A language model for several workers at once; what it serves always is of one version.
+
+    Their requests share batches; new weights wait until those under way are answered.
 
     Args:
         model: see ``load_model``.
@@ -86,6 +93,9 @@ class Engine:
     def __init__(self, model: str, threads: int, number: int) -> None:
         one_thread(threads)
         self._model: Any = _load(model)
+        self._batcher = Batcher(self._model)
+        self._gate = Gate()
+        self._group: Group | None = None
         self._version = -1
 
     def describe(self) -> dict[str, Any]:
@@ -99,9 +109,56 @@ class Engine:
 
     def load(self, weights: bytes, version: int) -> int:
         """Take up weights and serve them as ``version``; after a load that fails there are none."""
-        self._version = -1
-        load_files(self._model, weights, version)
-        self._version = version
+        with self._gate.changing():
+            self._version = -1
+            load_files(self._model, weights, version)
+            self._version = version
+        return version
+
+    def device(self) -> str:
+        """Return which device the model is on."""
+        import torch
+
+        from pz_agents.training.group import name_of
+
+        return name_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def join(
+        self, rank: int, size: int, host: str, port: int, backend: Backend, seconds: float
+    ) -> None:
+        """Join a group in which rank 0 sends weights; see ``Group``."""
+        from pz_agents.training.group import Group
+
+        self._group = Group(rank, size, host, port, backend, seconds)
+
+    def receive(self, kinds: list[tuple[str, str, list[int]]], version: int) -> int:
+        """Take up the weights that rank 0 sends, all at once when they are here.
+
+        Args:
+            kinds: each tensor's name, type and shape.
+            version: of the weights.
+
+        Raises:
+            InfraError: they did not arrive whole; the engine has what it had.
+        """
+        import torch
+
+        if self._group is None:
+            raise InfraError("this engine has joined no group to get weights through")
+        empty = [
+            torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            for _, dtype, shape in kinds
+        ]
+        try:
+            tensors = self._group.receive(empty)
+        except RuntimeError as error:
+            self._group = None
+            raise InfraError(f"weights {version} did not arrive whole: {error}") from error
+        state = {name: tensor for (name, *_), tensor in zip(kinds, tensors, strict=True)}
+        with self._gate.changing():
+            self._version = -1
+            self._model.load_state(state)
+            self._model.version = self._version = version
         return version
 
     def generate(self, requests: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
@@ -110,32 +167,33 @@ class Engine:
         Raises:
             LostError: the weights are older than ``wanted``; they are on their way.
         """
-        self._check(wanted)
         asked = [
             GenerateRequest(
                 **{**request, "prompt_ids": np.frombuffer(request["prompt_ids"], np.int32)}
-                | {"stop_ids": tuple(request["stop_ids"])}
+                | {"stop_ids": tuple(request["stop_ids"]), "stops": tuple(request["stops"])}
             )
             for request in requests
         ]
+        with self._gate.using():
+            self._check(wanted)
+            completions = self._batcher.generate(asked)
         return [
             {
                 "token_ids": np.asarray(done.token_ids, np.int32).tobytes(),
                 "log_probs": np.asarray(done.log_probs, np.float32).tobytes(),
                 "text": done.text,
                 "finish": done.finish,
-                "version": self._version,
+                "version": done.version,
             }
-            for done in self._model.generate(asked)
+            for done in completions
         ]
 
     def score(self, prefix: bytes, candidates: list[bytes], wanted: int) -> list[bytes]:
         """Score; see ``generate``."""
-        self._check(wanted)
-        scored = self._model.score(
-            np.frombuffer(prefix, np.int32),
-            [np.frombuffer(candidate, np.int32) for candidate in candidates],
-        )
+        ids = [np.frombuffer(candidate, np.int32) for candidate in candidates]
+        with self._gate.using():
+            self._check(wanted)
+            scored = self._batcher.score(np.frombuffer(prefix, np.int32), ids)
         return [np.asarray(each, np.float32).tobytes() for each in scored]
 
     def _check(self, wanted: int) -> None:
@@ -187,18 +245,7 @@ class EngineClient:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Sample one completion a request; see ``LanguageModel``."""
-        asked = [
-            {
-                "prompt_ids": np.asarray(request.prompt_ids, np.int32).tobytes(),
-                "max_new_tokens": request.max_new_tokens,
-                "seed": request.seed,
-                "temperature": request.temperature,
-                "top_p": request.top_p,
-                "top_k": request.top_k,
-                "stop_ids": list(request.stop_ids),
-            }
-            for request in requests
-        ]
+        asked = [plain_request(request) for request in requests]
         answers = self._asked("generate", asked, self.wanted)
         self.version = max((answer["version"] for answer in answers), default=self.version)
         return [
@@ -227,6 +274,20 @@ class EngineClient:
             return self._engine.call(method, *args, timeout=_ENGINE_SECONDS)
 
         return patiently(ask, _PATIENCE_SECONDS)
+
+
+def plain_request(request: GenerateRequest) -> dict[str, Any]:
+    """Return ``request`` as ``Engine.generate`` takes it."""
+    return {
+        "prompt_ids": np.asarray(request.prompt_ids, np.int32).tobytes(),
+        "max_new_tokens": request.max_new_tokens,
+        "seed": request.seed,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "stop_ids": list(request.stop_ids),
+        "stops": list(request.stops),
+    }
 
 
 def patiently(ask: Callable[[], Any], seconds: float) -> Any:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -133,8 +136,9 @@ def test_the_resolved_configuration_is_printed_and_set_goes_deep(run):
         (["--env", "pz/Countdown-v0", "--set", "monitor=wandbb"], 2, "'trackio'"),
         (["--env", "pz/Countdwn-v0", "--steps", "1", "--out", "{out}", "--model", "{micro}"], 2,
          "Did you mean `pz/Countdown-v0`"),
-        (["--env", "pz/Countdown-v0", "--steps", "1", "--out", "{out}", "--model", "/none"], 1,
-         "No model `/none`"),
+        (["--env", "pz/Countdown-v0", "--steps", "1", "--out", "{out}", "--model", "/none"], 2,
+         "No model `/none`. Allowed: `tiny`, a folder"),
+        (["nope.yaml"], 2, "write --config nope.yaml"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
@@ -145,6 +149,66 @@ def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("algorithm=grop", "Did you mean `grpo`"),
+        ("options.alpah=1", "Did you mean `alpha`"),
+        ("env=pz/Countdwn-v0", "Did you mean `pz/Countdown-v0`"),
+        ("env_kwargs.numbrs=[3]", "Did you mean `numbers`"),
+        ("model=scripted:a", "cannot be trained here"),
+        ("reward_function=pz_agents.errors:nope", "has no `nope`"),
+        ("reward_model=/none", "No model `/none`"),
+        ("correction=geo", "knows at `temperature` 1 alone; it is 0.5"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_is_written_or_shown(
+    run, micro, tmp_path, monkeypatch, setting, words
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal, where a run has a bar
+    out = tmp_path / "run"
+    given = {"algorithm": "r3l", "env": "pz/Countdown-v0", "model": micro, "temperature": 0.5}
+    flags = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    done = run("train", *flags, "--set", setting, "--steps", "1", "--out", str(out))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert not out.exists()
+    assert "0/1" not in done.stderr
+
+
+def test_a_bar_is_taken_away_before_an_error_that_came_before_the_first_step(
+    run, micro, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ["--env", "pz/Countdown-v0", "--model", str(micro), "--steps", "1"]
+    flags += ["--set", "max_new_tokens=4", "--set", "groups_per_step=1", "--set", "group_size=2"]
+    done = run("train", *flags, "--out", str(tmp_path / "run"), "--resume", "must")
+    assert done.returncode == 2
+    # What is written after the last line that was erased stays on the screen.
+    assert "0/1" in done.stderr
+    assert "0/1" not in done.stderr.rpartition("\x1b[2K")[2]
+    assert "no checkpoint" in done.stderr
+    done = run("train", *flags, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "1/1" in done.stderr.rpartition("\x1b[2K")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--agent", "zeroshoot"], "Did you mean `zeroshot`? Known: random"),
+        (["--agent", "nope.py:Agent"], "No file"),
+        (["--agent", "random", "--set", "noise=1"], "takes no `noise`"),
+        (["--model", "tny"], "Did you mean `tiny`? Allowed: `tiny`, a folder"),
+    ],
+)
+def test_wrong_names_of_agents_and_models_are_wrong_usage(run, arguments, words):
+    done = run("eval", "--env", "pz/Countdown-v0", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
 
 
 def test_a_file_says_what_flags_say_and_flags_win(run, tmp_path):
@@ -249,3 +313,37 @@ def test_ctrl_c_exits_130_with_a_checkpoint_and_the_same_command_goes_on(micro, 
     first = next(line for line in done.stderr.splitlines() if line.startswith("step "))
     assert int(first.split("/")[0].split()[1]) == int(saved.name.split("_")[1]) + 1
     assert time.time() - began < 200
+
+
+@pytest.mark.slow
+def test_a_terminal_is_asked_and_shown_a_bar_with_the_epoch(run, micro, tmp_path):
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(f'{{"prompt": "Say {n}.", "answer": {n}}}\n' for n in range(4)))
+    arguments = (
+        "train", "--algorithm", "ppo", "--model", str(micro), "--out", str(tmp_path / "run"),
+        "--set", f"datasets=[{{path: {data}, output: answer}}]", "--set", "groups_per_step=2",
+        "--set", "group_size=1", "--set", "max_new_tokens=3",
+    )  # fmt: skip
+    assert run(*arguments, "--epochs", "0.5").returncode == 0
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        command(*arguments, "--epochs", "2"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "COLUMNS": "200", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    os.write(ours, b"\n")
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends whose process has gone
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "Resume from step 1? [Y/n]" in text
+    assert re.search(
+        r"4/4 .*Epoch 2/2 \| PL \S+ VL \S+ R \S+ A \S+ E \S+ LR \S+ \| \d+ tok/s", text
+    )
+    assert f"policy: {tmp_path / 'run' / 'policy'}" in text

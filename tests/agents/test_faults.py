@@ -14,8 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
 import textwrap
@@ -40,7 +38,9 @@ from pz_agents.training.run import train
 from pz_agents.training.settings import TrainSettings
 from pz_agents.training.worker import Engine, pack_files
 from pz_envs.errors import DataError, InfraError
+from pz_envs.seeding import derive_seed
 from pz_envs.textenv import Outcome, TextEnv
+from tests.support.network import VARIABLES, Proxy, serving
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -244,6 +244,42 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_is_no_obstacl
     train(settings(micro, steps=1), tmp_path)
 
 
+# E19: an environment that hangs.
+
+
+class HangingEnv(ParityEnv):
+    """Task 7's step does not return until it is told to."""
+
+    go_on = threading.Event()
+
+    def _start(self, seed, options):
+        self._hangs = seed == derive_seed("toy", 7)
+        return super()._start(seed, options)
+
+    def _advance(self, command):
+        if self._hangs:
+            assert self.go_on.wait(300)
+        return super()._advance(command)
+
+
+def test_while_one_environment_hangs_every_other_episode_ends():
+    specs = [EpisodeSpec(str(number), "toy", number) for number in range(40)]
+    HangingEnv.go_on.clear()
+    played = run_episodes(
+        Counts(),
+        specs,
+        make_env=lambda env_id: HangingEnv(),
+        limits=Limits(turns=2),
+        seed=0,
+        concurrency=2,
+    )
+    # With nothing but order: it goes on only when the 39 others are over.
+    done = [next(played).key for _ in range(39)]
+    assert sorted([*done, "7"], key=int) == [spec.key for spec in specs]
+    HangingEnv.go_on.set()
+    assert [item.key for item in played] == ["7"]
+
+
 # E21: the network between an agent and its engine.
 
 
@@ -273,72 +309,15 @@ class Replies(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class Proxy(socketserver.ThreadingTCPServer):
-    """Passes bytes on to another port until it is cut; then it closes what it has and refuses."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-
-    def __init__(self, target: int):
-        super().__init__(("127.0.0.1", 0), None)
-        self.target, self.cut, self.refused = target, False, 0
-        self.open: list[socket.socket] = []
-
-    def finish_request(self, request, client_address):
-        if self.cut:
-            self.refused += 1
-            return
-        upstream = socket.create_connection(("127.0.0.1", self.target))
-        self.open += [request, upstream]
-        back = threading.Thread(target=self.pump, args=(upstream, request), daemon=True)
-        back.start()
-        self.pump(request, upstream)
-        back.join()
-
-    def pump(self, source, sink):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
-        for each in (source, sink):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def cut_all(self):
-        self.cut = True
-        for each in self.open:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def serving(server):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.mark.parametrize("seconds", [4.0, pytest.param(30.0, marks=pytest.mark.slow)])
 def test_episodes_survive_a_network_that_is_away_for_seconds(monkeypatch, seconds):
     pytest.importorskip("openai", reason="needs pz-agents[openai]")
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     upstream = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replies)
     upstream.answered = []
     with serving(upstream), serving(Proxy(upstream.server_address[1])) as proxy:
-        port = proxy.server_address[1]
-        model = load_model(f"openai:m@http://127.0.0.1:{port}/v1?retries=12&timeout=20")
+        model = load_model(f"openai:m@http://127.0.0.1:{proxy.port}/v1?retries=12&timeout=20")
         agent = load_agent("zeroshot", model=model, kwargs={"max_new_tokens": 8})
         specs = [EpisodeSpec(str(number), "toy", number) for number in range(40)]
         played = run_episodes(
@@ -427,6 +406,13 @@ train_both(settings, folder, on_progress=on_progress)
 """
 
 
+PROCESSES = {"local": ["local_child"], "ray": ["raylet", "gcs_server", "ray::Actor"]}
+"""Words of the commands of what a driver starts."""
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Two that Ray starts beside each raylet, which give up a minute after it has gone."""
+
+
 def descendants_of(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -440,6 +426,12 @@ def descendants_of(pid: int) -> list[int]:
     return found[1:]
 
 
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
 def gone(pid: int) -> bool:
     try:
         return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -447,27 +439,37 @@ def gone(pid: int) -> bool:
         return True
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    give_up = time.monotonic() + 180
+    while left := [pid for pid in pids if not gone(pid)]:
+        assert time.monotonic() < give_up, list(map(command_of, left))
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["local", "ray"])
 def test_a_driver_killed_with_sigkill_takes_all_its_processes_along_and_the_run_goes_on(
-    micro, tmp_path
+    micro, tmp_path, runtime
 ):
-    chosen = settings(micro, workers=1, max_staleness=1, group_size=2, max_turns=1)
+    if runtime == "ray":  # one of the run's own: the raylet, its store and its servers go as well
+        pytest.importorskip("ray", reason="needs pz-agents[ray]")
+    changes = {"workers": 1, "max_staleness": 1, "group_size": 2, "max_turns": 1}
+    chosen = settings(micro, runtime=runtime, **changes)
     command = [sys.executable, "-c", textwrap.dedent(DRIVER)]
     command += [chosen.model_dump_json(), str(tmp_path / "run")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "1\n"
         assert first.stdout.readline() == "2\n"
-        processes = descendants_of(first.pid)
-        assert processes
+        processes = {pid: command_of(pid) for pid in descendants_of(first.pid)}
+        for name in PROCESSES[runtime]:
+            assert any(name in command for command in processes.values()), processes
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
         first.stdout.close()
-    give_up = time.monotonic() + 60
-    while not all(map(gone, processes)):
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    agents = [pid for pid, command in processes.items() if command.startswith(AGENTS)]
+    wait_until_gone([pid for pid in processes if pid not in agents])
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -478,3 +480,4 @@ def test_a_driver_killed_with_sigkill_takes_all_its_processes_along_and_the_run_
     assert counts["consumed"] == 4 * GROUPS
     assert counts["leased"] == 0
     assert len(keys) == len(set(keys))
+    wait_until_gone(agents)

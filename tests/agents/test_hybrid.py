@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 
 from pz_agents.config import parse_settings
-from pz_agents.errors import EngineMissing
-from pz_agents.hybrid.engines import engine_model, share_of
+from pz_agents.errors import EngineMissing, ModelError
+from pz_agents.hybrid import engines
+from pz_agents.hybrid.engines import Engine, engine_model, share_of
 from pz_agents.hybrid.half import figures_of
-from pz_agents.hybrid.prompt import Answer, HybridPrior, Prompter, sampled
+from pz_agents.hybrid.prompt import Answer, HybridPrior, Prompter
 from pz_agents.hybrid.settings import HybridSettings, RewardSettings
 from pz_agents.hybrid.trials import State, Trials, earned
 from pz_agents.models import load_model
-from pz_agents.models.protocol import Completion
 from pz_agents.models.scripted import ScriptedModel
+from pz_agents.models.vllm import EngineSettings, parse_spec
+from pz_agents.priorzero import phases
 from pz_agents.priorzero.prior import Moment
 from pz_agents.runtime import Resources
+from pz_agents.training.worker import pack_files
 from pz_envs.catalog import make_env
 from pz_envs.errors import ConfigError
 from tests.support.house import DOORS, House
@@ -52,16 +55,29 @@ def test_the_names_that_users_know_are_the_settings_that_are_kept():
         model="micro",
         wm_training_mode="alternating",
         llm_prior_weight=0.7,
-        use_llm_prior_in_mcts=False,
     )
     assert given.language.model == "micro"
     assert given.phase == given.wm_training_mode == "alternating"
-    assert (given.root.llm_prior_weight, given.root.mode) == (0.7, "off")
+    assert (given.root.llm_prior_weight, given.root.mode) == (0.7, "mix")
+    assert settings(use_llm_prior_in_mcts=False).root.mode == "off"
     assert settings(root={"mode": "adaptive"}, use_llm_prior_in_mcts=True).root.mode == "adaptive"
     shown = given.model_dump(mode="json")
     assert shown["wm_training_mode"] == "alternating"
-    assert shown["use_llm_prior_in_mcts"] is False
-    again = parse_settings(HybridSettings, json.loads(json.dumps(shown)) | {"preset": ""}, "again")
+    assert shown["use_llm_prior_in_mcts"] is True
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"wm_training_mode": "alternating", "llm_prior_weight": 0.7},
+        {"preset": "quick,grpo", "use_llm_prior_in_mcts": False},
+        {"preset": "debug", "wm_llm_ratio": 1.0, "rl_algorithm": "grpo"},
+    ],
+)
+def test_what_a_run_has_written_is_read_again(changes):
+    given = settings(**changes)
+    plain = json.loads(json.dumps(given.model_dump(mode="json"))) | {"preset": ""}
+    again = parse_settings(HybridSettings, plain, "again")
     assert again.model_dump(exclude={"preset"}) == given.model_dump(exclude={"preset"})
 
 
@@ -77,8 +93,17 @@ def test_the_names_that_users_know_are_the_settings_that_are_kept():
         ({"vllm_num_engines": 2, "total_num_nodes": 2}, "beside the learner take 3"),
         ({"vllm_num_engines": 2, "total_num_nodes": 3, "colocate_all": True}, "take 2"),
         ({"colocate_all": True}, "vllm_num_engines is 0"),
-        ({"vllm_required": True}, "vllm_num_engines is 0"),
         ({"runtime": "ray"}, "vllm_num_engines is 0"),
+        ({"options": {"critic_update_steps": 1}}, "set critic_update_steps=1"),
+        ({"options": {"critic_learning_rate": 1.0}}, "set critic_learning_rate=1.0"),
+        ({"rl_algorithm": "grpo", "critic_update_steps": 3}, "critic_update_steps is about"),
+        ({"preset": "grpo", "critic_learning_rate": 0.1}, "critic_learning_rate is about"),
+        ({"use_llm_prior_in_mcts": False, "llm_prior_weight": 0.3}, "set that true"),
+        ({"root": {"mode": "off", "llm_prior_weight": 0.3}}, "set that true"),
+        ({"wm_llm_ratio": 1, "vllm_num_engines": 1}, "it learns nothing. Leave the engines out"),
+        ({"top_p": 0.9}, "unknown key `top_p` of ORZ's: replies are sampled from all tokens"),
+        ({"zero_stage": 3}, "unknown key `zero_stage`"),
+        ({"actor_num_nodes": 2}, "engines are vllm_num_engines"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes, told):
@@ -110,8 +135,102 @@ def test_vllm_is_demanded_or_done_without(monkeypatch, caplog):
     assert caplog.text.count("vLLM is not installed") == 1
     with pytest.raises(EngineMissing, match="pip install"):
         engine_model(settings(vllm_num_engines=1, vllm_required=True), "tiny")
+    with pytest.raises(EngineMissing, match="pip install"):
+        settings(vllm_required=True)
     monkeypatch.setattr("pz_agents.hybrid.engines.vllm.available", lambda: True)
     assert engine_model(settings(vllm_num_engines=1), "tiny") == "vllm:tiny"
+    beside = engine_model(settings(vllm_num_engines=1, colocate_all=True), "tiny")
+    assert parse_spec(beside) == EngineSettings(folder="tiny", memory=0.425)
+    with pytest.raises(ConfigError, match="vllm_num_engines is 0"):
+        settings(vllm_required=True)
+
+
+class Sleepy(ScriptedModel):
+    """Notes what is asked of it, and refuses to work in its sleep."""
+
+    def __init__(self):
+        super().__init__(("</think> <answer>wait</answer>",), name="sleepy")
+        self.told, self.awake, self.fails = [], True, False
+
+    def sleep(self):
+        self.told.append("sleep")
+        self.awake = False
+
+    def wake(self):
+        self.told.append("wake")
+        self.awake = True
+
+    def load_weights(self, source):
+        assert self.awake
+        self.told.append("load")
+
+    def generate(self, requests):
+        assert self.awake
+        self.told.append("generate")
+        if self.fails:
+            raise ModelError("out of memory")
+        return super().generate(requests)
+
+
+def test_an_engine_that_shares_a_gpu_is_awake_while_it_samples_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("pz_envs.catalog.make_env", lambda env_id, **kwargs: House())
+    model = Sleepy()
+    monkeypatch.setattr(engines, "load_model", lambda spec: model)
+    state = state_of("house", (), "You are in the cellar.", ("wait",)).plain()
+    weights = pack_files(lambda folder: (folder / "config.json").write_text("{}"))
+
+    def plain(**changes):
+        return settings(vllm_num_engines=1, generate_max_len=64, **changes).model_dump(mode="json")
+
+    engine = Engine(plain(colocate_all=True), "sleepy", 0)
+    assert model.told == ["sleep"]
+    assert len(engine.play([state], 1, weights)) == 4
+    engine.play([state], 1, None)
+    assert model.told[1:] == ["wake", "load", "generate", "sleep", "wake", "generate", "sleep"]
+    model.fails = True
+    with pytest.raises(ModelError, match="out of memory"):
+        engine.play([state], 1, None)
+    assert model.told[-1] == "sleep"
+    model.told, model.fails, model.awake = [], False, True
+    Engine(plain(), "sleepy", 0).play([state], 1, weights)
+    assert model.told == ["load", "generate"]
+
+
+# When which half learns.
+
+
+def learned(given, turns, steps):
+    """Return all updates of each half over steps of so many turns, as a run counts them."""
+    owed = {"wm_turns": 0, "llm_turns": 0, "stretch": 0, "llm_owed": 0.0}
+    world = language = 0
+    for step in range(1, steps + 1):
+        if phases.collects(given, owed):
+            owed["wm_turns"] += turns
+            owed["llm_turns"] += turns
+        due = phases.updates(given, owed, step)
+        owed = json.loads(json.dumps(owed | phases.counted(given, owed, due)))
+        assert due.language % given.updates_per_rollout == 0
+        world, language = world + due.world, language + due.language
+    return world, language
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("critic", [1, 12])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"wm_training_mode": "parallel"},
+        {"wm_training_mode": "sequential", "llm_every": 3},
+        {"wm_training_mode": "alternating", "phase_updates": 5},
+    ],
+)
+def test_the_world_models_share_of_all_updates_is_what_was_asked_for(ratio, critic, mode):
+    given = settings(wm_llm_ratio=ratio, critic_update_steps=critic, replay_ratio=0.25, **mode)
+    world, language = learned(given, 9, 600)
+    wanted = world * (1 - ratio) / ratio
+    most = max((critic + 1), 2 * 6 * (1 - ratio) / ratio)
+    assert world > 200
+    assert abs(language - wanted) <= most + critic + 1
 
 
 # Prompts and replies.
@@ -196,18 +315,17 @@ def test_a_number_is_a_command_to_a_compact_model_alone():
     assert prompter.answers(LIST) == ["1", "2", "3"]
 
 
-def test_a_reply_ends_behind_its_first_stop_and_keeps_its_ids_and_log_probs():
-    model = scripted()
-    text = "so </think> <answer>wait</answer> User: and"
-    ids = model.encode(text)
-    log_probs = np.linspace(-1, -2, len(ids), dtype=np.float32)
-    done = Completion(ids, log_probs, text, "length", 3)
-    found = sampled(model, model.encode("p"), done, 1.0)
-    count = text.index("</answer>") + len("</answer>")
-    assert model.decode(found.token_ids) == text[:count]
-    assert np.array_equal(found.token_ids, ids[:count])
-    assert np.array_equal(found.log_probs, log_probs[:count])
-    assert (found.finish, found.version) == ("stop", 3)
+def test_a_reply_ends_with_its_first_stop_and_keeps_its_ids_and_log_probs(monkeypatch):
+    monkeypatch.setattr("pz_envs.catalog.make_env", lambda env_id, **kwargs: House())
+    model = scripted("so </think> <answer>wait</answer> User: and so on", "Human: what?", "wait")
+    trials = Trials(settings(generate_max_len=64), model)
+    played = trials.play([state_of("house", (), "You are in the cellar.", ("wait",), replies=3)])
+    samples = [item.steps[0].sample for item in played]
+    told = ["so </think> <answer>wait</answer>", "Human:", "wait"]
+    assert [model.decode(each.token_ids) for each in samples] == told
+    assert [each.finish for each in samples] == ["stop"] * 3
+    assert [len(each.log_probs) for each in samples] == [len(told[0]), len(told[1]), 5]
+    assert played[0].steps[0].notes["command"] == "wait"
 
 
 def test_the_prior_scores_answers_behind_the_prompt_that_is_trained(micro):

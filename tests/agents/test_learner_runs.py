@@ -137,3 +137,7 @@ def test_kl_in_the_reward_changes_what_is_learned_and_not_the_reward_that_is_sho
     assert metrics[0][0]["reward"] == metrics[1][0]["reward"]
     norms = [lines[1]["grad_norm"] for lines in metrics]
     assert abs(norms[0] - norms[1]) > 0.01 * max(norms)
+    assert [line["kl_weight"] for line in metrics[1]] == [10.0, 10.0]
+    told = [line["kl"] for line in metrics[1]]
+    assert abs(told[0]) < 1e-4 < abs(told[1])  # before the first update nothing has moved
+    assert not {"kl", "kl_weight"} & set(metrics[0][0])

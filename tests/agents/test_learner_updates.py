@@ -356,6 +356,10 @@ def test_how_far_the_sampler_was_is_measured_before_anything_is_cut():
     k3 = (moved.exp() - 1 - moved).mean()
     assert metrics["mismatch_kl"] == pytest.approx(float(k3), rel=1e-4)
     assert metrics["engine_gap"] == pytest.approx(float(moved.abs().max()), rel=1e-4)
+    rho = moved.exp()
+    share = float(rho.sum() ** 2 / (len(rho) * (rho**2).sum()))  # over all micro-batches
+    assert metrics["effective_sample_size"] == pytest.approx(share, rel=1e-4)
+    assert share < 0.99
 
 
 def test_later_passes_are_compared_with_the_weights_of_the_first():
@@ -416,6 +420,8 @@ def test_kl_in_the_reward_takes_off_what_each_episode_moved_from_the_reference()
         [item.reward - 0.25 * each for item, each in zip(episodes, expected, strict=True)],
         abs=1e-4,
     )
+    tokens = sum(int(row.mask.sum()) for row in here)
+    assert one.kl_figures == {"kl": pytest.approx(sum(moved) / tokens), "kl_weight": 0.25}
     assert one.step_rows(rows).reference is None
 
 

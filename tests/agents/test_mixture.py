@@ -14,10 +14,12 @@ import pytest
 pytest.importorskip("trl", reason="needs pz-agents[train]")
 
 from pz_agents.cli import app
+from pz_agents.config import parse_settings
 from pz_agents.rollout import ExperienceStore
 from pz_agents.training.mixture import DATA_ENV, ORDERED, DataEnv, DataSource, Mixture, read_rows
 from pz_agents.training.monitors import read_metrics
 from pz_agents.training.run import TrainSettings, train
+from pz_agents.training.settings import check_resumable, resolved
 from pz_envs.checks import check_env
 from pz_envs.errors import ConfigError, DataError
 
@@ -163,6 +165,13 @@ def test_it_behaves_as_every_environment_does(files):
 # Runs.
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_plots():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pz_agents.training.run.plot_metrics", lambda metrics, path: [])
+        yield
+
+
 def settings(model: Path, files, **changes: Any) -> TrainSettings:
     given = {
         "datasets": [source.model_dump() for source in sources(files)],
@@ -193,18 +202,42 @@ def rows_played(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_a_run_over_two_files_resumes_at_the_exact_next_row(micro, files, tmp_path):
-    chosen = settings(micro, files, algorithm="ppo", options={"critic_update_steps": 1})
+    # Five draws a step, of 47 rows.
+    given = {"algorithm": "ppo", "options": {"critic_update_steps": 1}}
+    chosen = settings(micro, files, **given, steps=None, epochs=0.4)
+    assert chosen.steps == 4
     train(chosen, tmp_path / "straight")
     with pytest.raises(StopHereError):
         train(chosen, tmp_path / "cut", on_progress=stop_at_three)
     train(chosen, tmp_path / "cut")
     played = rows_played(tmp_path / "straight")
     assert rows_played(tmp_path / "cut") == played
-    lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "cut")]
-    assert lines[0] == lines[1]
+    for file in ("metrics.jsonl", "policy/model.safetensors"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
     mixture = Mixture(sources(files), 0)
     names = [mixture.question(ORDERED + draw)[2] for draw in range(20)]
     assert [task for _, task in played] == [name for name in names for _ in range(2)]
+
+
+def test_epochs_stand_for_steps_and_more_of_them_are_more_steps(micro, files):
+    given = {"datasets": [source.model_dump() for source in sources(files)[1:]]}  # 17 rows
+    given |= {"steps": None, "groups_per_step": 10}
+    two = settings(micro, files, **given, epochs=2)
+    assert (two.steps, "epochs" in two.model_dump()) == (4, False)
+    assert settings(micro, files, **given, epochs=0.01).steps == 1
+    more = settings(micro, files, **given, epochs=2.5)
+    check_resumable(resolved(two), more, "here")
+    with pytest.raises(ConfigError, match="`steps` was 5"):
+        check_resumable(resolved(more), two, "here")
+
+
+def test_epochs_need_data_and_no_steps(micro, files):
+    with pytest.raises(ConfigError, match="`epochs` is 2 and `steps` 4"):
+        settings(micro, files, epochs=2)
+    with pytest.raises(ConfigError, match="there are no `datasets`"):
+        TrainSettings(env="pz/Countdown-v0", epochs=2)
+    with pytest.raises(ConfigError, match="greater than 0"):
+        parse_settings(TrainSettings, {"datasets": [{"path": files[1]}], "epochs": 0}, "here")
 
 
 def kinds_and_lengths(prompts, completions, **columns):
@@ -245,6 +278,13 @@ def test_the_command_line_takes_files(files, capsys):
     values = json.loads(capsys.readouterr().out)
     assert [source["path"] for source in values["datasets"]] == list(files)
     assert (values["env"], values["max_turns"]) == (DATA_ENV, 1)
+    # A preset's steps give way to epochs; those of the command line do not.
+    arguments = [*arguments[:3], "--epochs", "2", "--preset", "quick", "--print-config", *paid]
+    app(arguments, standalone_mode=False)
+    values = json.loads(capsys.readouterr().out)
+    assert (values["steps"], values["groups_per_step"]) == (4, 16)  # 30 rows
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        app([*arguments, "--steps", "3"], standalone_mode=False)
 
 
 def test_data_and_an_environment_are_one_too_many_and_evaluation_needs_a_split(

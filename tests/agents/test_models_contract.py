@@ -112,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
                         top_p=body["top_p"],
                         top_k=body.get("top_k", 0),
                         stop_ids=tuple(body["stop_token_ids"]),
+                        stops=tuple(body.get("stop", ())),
                     )
                 ]
             )
@@ -258,6 +259,46 @@ def test_a_reply_ends_after_a_stop_id_and_contains_it(model: LanguageModel) -> N
     cut = model.generate([ask(model, 3, stop_ids=(stop,)), ask(model, 4)])[0]
     assert cut.finish == "stop"
     assert cut.token_ids.tolist() == free.token_ids[: first + 1].tolist()
+
+
+def test_a_reply_ends_with_the_token_that_completes_a_stop_text(model: LanguageModel) -> None:
+    replies = model.generate([ask(model, seed, new=20) for seed in range(40)])
+    seed, free, stop = next(
+        (seed, reply, text)
+        for seed, reply in enumerate(replies)
+        for end in range(6, len(reply.token_ids))
+        if (text := model.decode(reply.token_ids[end - 3 : end])).isascii() and len(text) > 1
+        if text in reply.text
+    )
+    ids = free.token_ids
+    count = next(n for n in range(20) if stop in model.decode(ids[:n]))
+    assert len(model.encode(stop)) > 1
+    cut, other, last = model.generate(
+        [
+            ask(model, seed, new=20, stops=("never", stop)),
+            ask(model, seed, new=20),
+            ask(model, seed, new=count, stops=(stop,)),
+        ]
+    )
+    for reply in (cut, last):
+        assert reply.finish == "stop"
+        assert reply.token_ids.tolist() == ids[:count].tolist()
+        assert reply.text == model.decode(ids[:count])
+        np.testing.assert_allclose(reply.log_probs, free.log_probs[:count], atol=1e-4)
+    assert other.token_ids.tolist() == ids.tolist()
+
+
+def test_nothing_is_sampled_behind_a_stop_text(models: dict[str, LanguageModel]) -> None:
+    model = models["random"]
+    free = model.generate([ask(model, 3, new=40)])[0]
+    stop = model.decode(free.token_ids[2:5])
+    passes: list[int] = []
+    hook = model.network.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        cut = model.generate([ask(model, 3, new=40, stops=(stop,))])[0]
+    finally:
+        hook.remove()
+    assert len(passes) == len(cut.token_ids) < len(free.token_ids)
 
 
 def test_each_request_has_its_own_length(model: LanguageModel) -> None:

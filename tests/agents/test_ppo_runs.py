@@ -166,6 +166,10 @@ def test_runs_with_other_settings_resume_exactly(micro, tmp_path, changes):
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "cut")
     lines = read_metrics(tmp_path / "cut" / "metrics.jsonl")
     assert all(np.isfinite(line["value_loss"]) for line in lines)
+    if "kl_reward" in changes:
+        assert [line["kl_weight"] for line in lines] != [0.05] * len(lines)
+        assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-4)  # the weights have not moved yet
+        assert lines[-1]["kl"] != 0.0
     critic = checkpoint.newest(tmp_path / "cut" / "checkpoints") / "critic"
     assert set(classifier(critic).state_dict()) == set(classifier(micro).state_dict())
 
@@ -344,9 +348,11 @@ def test_kl_comes_off_token_by_token(learner, paid_rows):
 
 
 def test_the_weight_of_the_kl_is_steered_and_saved(learner, paid_rows):
-    mean = sum(float(kl.sum()) for kl in learner.divergences(paid_rows))
+    total = sum(float(kl.sum()) for kl in learner.divergences(paid_rows))
+    mean = total / sum(int(row.mask.sum()) for row in paid_rows)
     learner.with_kl_in_token_rewards(paid_rows, 6)
     change = 0.2 if mean > 0 else -0.2
+    assert learner.kl_figures == {"kl": pytest.approx(mean), "kl_weight": 0.5}  # before the step
     assert learner.kl_weight == pytest.approx(0.5 * (1 + change * 6 / 60))
     assert json.loads(json.dumps(learner.state()))["kl_weight"] == learner.kl_weight
 

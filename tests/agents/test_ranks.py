@@ -96,7 +96,7 @@ class Where:
 class DeadPeer:
     """Dies whenever it is asked."""
 
-    def __init__(self, settings, devices, number):
+    def __init__(self, settings, number):
         pass
 
     def device(self):

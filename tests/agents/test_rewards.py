@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pz_agents.errors import AgentError, ModelError
+from pz_agents.errors import AgentError, ModelError, WrongModelError
 from pz_agents.models import load_model
 from pz_agents.models.tiny import tiny_tokenizer
 from pz_agents.sdk.types import Sample, Step, Trajectory
-from pz_agents.training.critic import value_network
+from pz_agents.training.critic import classifier, value_network
+from pz_agents.training.player import check
 from pz_agents.training.rewards import MAX_SCORE, RewardModel, Rewards, call_rewards, load_function
 from pz_agents.training.settings import TrainSettings
 from pz_envs.errors import ConfigError
@@ -180,3 +181,56 @@ def test_a_function_and_a_model_add_up(policy, judge):
 def test_a_language_model_is_no_reward_model(policy, micro):
     with pytest.raises(ModelError, match="no reward model"):
         Rewards(settings(reward_model=str(micro)), policy)
+
+
+# Which folders are classifiers, told before a run begins.
+
+
+@pytest.mark.parametrize("setting", ["critic_model", "reward_model"])
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("nofolder", "No model `nofolder`"),
+        ("nobody/no-such-model", "hf download nobody/no-such-model"),
+        ("openai:x@http://127.0.0.1:1/v1", "No model `openai:x"),
+    ],
+)
+def test_a_critic_or_reward_model_that_is_not_there_is_told_without_asking_a_hub(
+    policy, micro, setting, spec, words
+):
+    options = {"critic_model": spec} if setting == "critic_model" else {}
+    others = {"reward_model": spec} if setting == "reward_model" else {}
+    chosen = settings(algorithm="ppo", model=str(micro), options=options, **others)
+    with pytest.raises(ConfigError, match=words) as caught:
+        check(chosen, plays=False)
+    assert "scripted:" not in str(caught.value)  # what a policy may be, and a classifier may not
+    if setting == "critic_model":
+        with pytest.raises(WrongModelError, match=words):
+            value_network(policy.network, spec)
+
+
+def test_a_reward_model_must_have_a_head_with_one_score(policy, micro, judge, tmp_path):
+    def told(folder) -> str:
+        with pytest.raises(WrongModelError) as caught:
+            check(settings(model=str(micro), reward_model=str(folder)), plays=False)
+        return str(caught.value)
+
+    assert "`tiny` is a language model" in told("tiny")
+    assert "Did you mean" not in told("tiny")
+    assert "num_labels=1" in told("tiny")  # how to make one
+    assert "no reward model" in told(micro)
+    module = classifier(judge)
+    module.score = torch.nn.Linear(32, 3, bias=False)
+    module.config.num_labels = 3
+    module.save_pretrained(tmp_path)
+    assert "gives 3 scores, not one" in told(tmp_path)
+    classifier(judge).save_pretrained(tmp_path)
+    assert "no tokenizer" in told(tmp_path)  # transformers would make an empty one
+    check(settings(model=str(micro), reward_model=str(judge)), plays=False)
+
+
+def test_a_critic_may_begin_from_tiny(policy, micro, monkeypatch):
+    monkeypatch.setattr("pz_agents.models.tiny.tiny_folder", lambda: micro)
+    check(settings(algorithm="ppo", model=str(micro), options={"critic_model": "tiny"}))
+    module = value_network(policy.network, "tiny")
+    assert not module.score.weight.any()

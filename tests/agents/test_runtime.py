@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -263,33 +264,85 @@ def test_a_setting_that_does_not_exist_is_refused_before_any_trial(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def told(trials):
-    """What of the trials no clock decides."""
-    return [
-        (each.name, each.drawn, each.metrics["step"], each.metrics["mean_reward"], each.error)
-        for each in trials
-    ]
+REWARD = '''
+import os
+import time
+from pathlib import Path
+
+HELD = Path(__file__).with_name("held")
+calls = 0
+
+
+def pay(prompts, completions, **columns):
+    """0 to 4; in the second step it never returns while there is a file `held`."""
+    global calls
+    calls += 1
+    if calls == 2 and HELD.exists():
+        HELD.with_name(f"reached-{os.getpid()}").touch()
+        while HELD.exists():
+            time.sleep(0.05)
+    return [float(sum(map(ord, str(each))) % 5) for each in completions]
+'''
 
 
 @pytest.mark.slow
-def test_a_search_trains_its_trials_and_goes_on_where_it_was_left(micro, tmp_path):
+def test_a_search_that_sigterm_ends_in_its_trials_goes_on_where_it_was_left(
+    micro, tmp_path, monkeypatch
+):
     pytest.importorskip("ray.tune", reason="needs pz-agents[ray]")
-    base = settings(micro).model_dump(mode="json")
-    searched = dict([parse_draw("learning_rate=grid(1e-4, 1e-3)")])
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "held").touch()
+    base = settings(micro, reward_function=f"{tmp_path / 'reward.py'}:pay").model_dump(mode="json")
+    (tmp_path / "run.json").write_text(json.dumps(base))
+    out = tmp_path / "search"
+    words = ["pz-agents", "tune", "--search", "learning_rate=grid(1e-4, 1e-3)", "--trials", "1"]
+    words += ["--concurrent", "1", "--config", str(tmp_path / "run.json"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    searched = dict([parse_draw(words[3])])
+    over = threading.Event()
+
+    def end_it() -> None:
+        while not over.wait(0.05):
+            if any(tmp_path.glob("reached-*")):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    def status() -> int:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return read_metrics(out / "trials" / name / "metrics.jsonl")
+
     with contextlib.closing(open_runtime("ray", cpus=2)):
-        first = tune(base, searched, tmp_path, trials=1)
-        again = tune(base, searched, tmp_path, trials=1)
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        sender = threading.Thread(target=end_it)
+        sender.start()
+        try:
+            assert status() == 143
+        finally:
+            over.set()
+            sender.join()
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+        begun = {path.name: lines(path.name) for path in (out / "trials").iterdir()}
+        assert any(begun.values())
+        assert all(len(done) <= 1 for done in begun.values())
+        (tmp_path / "held").unlink()
+        assert status() == 0
+        table = (out / "trials.csv").read_text()
+        base = json.loads((out / "search.json").read_text())["base"]
+        first = tune(base, searched, out, trials=1)
+        assert (out / "trials.csv").read_text() == table, "finished trials are kept as they were"
     assert sorted(trial.drawn["learning_rate"] for trial in first) == [1e-4, 1e-3]
     assert [trial.error for trial in first] == [None, None]
     assert [trial.metrics["step"] for trial in first] == [2, 2]
-    assert told(again) == told(first)
     for trial in first:
-        run = tmp_path / "trials" / trial.name
-        assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
-        saved = json.loads((run / "config.json").read_text())
+        assert [line["step"] for line in lines(trial.name)] == [1, 2]
+        assert lines(trial.name)[: len(begun.get(trial.name, []))] == begun.get(trial.name, [])
+        saved = json.loads((out / "trials" / trial.name / "config.json").read_text())
         assert saved["learning_rate"] == trial.drawn["learning_rate"]
-    lines = (tmp_path / "trials.csv").read_text().splitlines()
-    assert lines[0] == "trial,learning_rate,mean_reward,steps,error"
-    assert len(lines) == 3
+    assert table.splitlines()[0] == "trial,learning_rate,mean_reward,steps,error"
+    assert len(table.splitlines()) == 3
     with pytest.raises(ConfigError, match="`trials` of the search"):
-        tune(base, searched, tmp_path, trials=2)
+        tune(base, searched, out, trials=2)

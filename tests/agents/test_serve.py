@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +31,7 @@ from pz_agents.models.transformers import TransformersModel
 from pz_agents.serving import ModelServer
 
 MESSAGES: Any = [{"role": "user", "content": "go north or south?"}]
+CHAT = json.dumps(MESSAGES).encode()
 
 
 class Counting(ScriptedModel):
@@ -60,6 +64,40 @@ class Sharing(ScriptedModel):
     def score(self, prefix_ids: Any, candidates: Sequence[Any]) -> list[Any]:
         self.meeting.wait()
         return [np.full(len(candidate), -1.0, np.float32) for candidate in candidates]
+
+
+class Endless(ScriptedModel):
+    """Is asked as vLLM is, and never answers; notes what was begun and what was ended."""
+
+    shares_batches = True
+
+    def __init__(self) -> None:
+        super().__init__(["never"])
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    async def generate_async(self, requests: Sequence[GenerateRequest]) -> list[Any]:
+        self.begun.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            self.ended.set()
+        return []
+
+
+class Prompt(ScriptedModel):
+    """Answers at once, by the path that can be ended."""
+
+    async def generate_async(self, requests: Sequence[GenerateRequest]) -> list[Any]:
+        return self.generate(requests)
+
+
+class Updated(ScriptedModel):
+    """Gets new weights while it answers."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Any]:
+        sampled = super().generate(requests)
+        self.version += 1
+        return sampled
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +147,15 @@ def test_a_chat_is_what_the_model_itself_samples(
     np.testing.assert_allclose(told, own.log_probs, atol=1e-5)
     assert answer.usage.completion_tokens == len(own.token_ids)
     assert answer.usage.prompt_tokens == len(model.render(MESSAGES))
+
+
+def test_an_answer_names_the_weights_that_sampled_it_not_those_of_now() -> None:
+    model = Updated(["north"])
+    with ModelServer(model) as server:
+        for version in (0, 1):
+            _, answer = post(server, "/v1/chat/completions", b'{"messages": %s}' % CHAT)
+            assert answer["system_fingerprint"] == f"version-{version}"
+            assert model.version == version + 1
 
 
 def test_token_ids_go_in_and_come_out_untouched(
@@ -196,8 +243,17 @@ def test_messages_may_be_in_parts_and_by_the_developer(scripted: openai.OpenAI) 
     assert answer.choices[0].message.content == "one two"
 
 
-def test_models_are_listed(client: openai.OpenAI) -> None:
+def test_models_are_listed_and_shown(client: openai.OpenAI) -> None:
     assert [card.id for card in client.models.list()] == ["micro"]
+    assert client.models.retrieve("micro").id == "micro"
+    with pytest.raises(openai.NotFoundError, match="this server has `micro`"):
+        client.models.retrieve("other")
+
+
+def test_a_models_name_may_have_slashes() -> None:
+    with ModelServer(ScriptedModel(["x"], name="scripted:a/b")) as server:
+        asked = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+        assert asked.models.retrieve("scripted:a/b").id == "scripted:a/b"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +273,26 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"logit_bias": {"3": 5}}, 400, "logit_bias"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, 400, "tool_choice"),
+        ({"function_call": {"name": "f"}}, 400, "function_call"),
+        ({"best_of": 4}, 400, "best_of"),
+        ({"min_tokens": 5}, 400, "min_tokens"),
+        ({"ignore_eos": True}, 400, "ignore_eos"),
+        ({"guided_json": {"type": "object"}}, 400, "guided_json"),
+        ({"guided_regex": "a+"}, 400, "guided_regex"),
+        ({"guided_choice": ["a", "b"]}, 400, "guided_choice"),
+        ({"guided_grammar": "root"}, 400, "guided_grammar"),
+        ({"structured_outputs": {"regex": "a+"}}, 400, "structured_outputs"),
+        ({"modalities": ["audio"]}, 400, "modalities"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, 400, "messages"),
+        ({"max_token": 3}, 400, "max_token"),
+        ({"stream_options": "x"}, 400, "stream_options"),
+        ({"stream_options": {"include_usage": "x"}}, 400, "include_usage"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"logprobs": 3}, 400, "logprobs"),
+        ({"prompt_logprobs": 5}, 400, "prompt_logprobs"),
+        ({"stop_token_ids": [2**70]}, 400, "stop_token_ids"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(
@@ -227,6 +303,117 @@ def test_what_is_wrong_is_refused_by_name(
     assert (code, answer["error"]["param"]) == (status, param)
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["error"]["message"]
+
+
+def test_values_that_ask_for_nothing_and_who_asks_are_no_reason_to_refuse(
+    served: ModelServer,
+) -> None:
+    body = {
+        "messages": [*MESSAGES, {"role": "assistant", "content": "x", "tool_calls": []}],
+        "max_tokens": 2,
+        **{"best_of": 1, "min_tokens": 0, "ignore_eos": False, "guided_json": None},
+        **{"modalities": ["text"], "tools": [], "tool_choice": "none", "function_call": "auto"},
+        **{"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}},
+        **{"parallel_tool_calls": True, "stream_options": None, "add_special_tokens": False},
+    }
+    status, answer = post(served, "/v1/chat/completions", json.dumps(body).encode())
+    assert status == 200, answer
+
+
+def test_a_field_that_nobody_knows_is_told_with_the_nearest(served: ModelServer) -> None:
+    body = {"prompt": "x", "max_token": 3}
+    status, answer = post(served, "/v1/completions", json.dumps(body).encode())
+    assert (status, answer["error"]["param"]) == (400, "max_token")
+    assert "Did you mean `max_tokens`?" in answer["error"]["message"]
+
+
+def test_a_completions_log_probs_are_those_of_its_own_tokens_alone(served: ModelServer) -> None:
+    for count, status in ((0, 200), (1, 200), (3, 400)):
+        body = {"prompt": "x", "max_tokens": 2, "logprobs": count}
+        code, answer = post(served, "/v1/completions", json.dumps(body).encode())
+        assert code == status, answer
+    assert answer["error"]["param"] == "logprobs"
+
+
+@pytest.mark.parametrize("outside", [99_999_999, -1, 272])
+def test_a_token_id_outside_the_vocabulary_is_refused_with_its_size(
+    served: ModelServer, model: TransformersModel, outside: int
+) -> None:
+    assert model.vocabulary == 272
+    body = json.dumps({"prompt": [5, outside], "max_tokens": 2}).encode()
+    status, answer = post(served, "/v1/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert f"{outside}; micro has 272 tokens" in answer["error"]["message"]
+
+
+def bare_request(
+    server: ModelServer, method: str, path: str, **headers: str
+) -> tuple[int, Any, bytes]:
+    """Return the status, the headers and the body of a request without a body."""
+    connection = http.client.HTTPConnection(server.root.removeprefix("http://"), timeout=60)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("PUT", "/v1/models", 405, "GET, HEAD"),
+        ("DELETE", "/v1/models/micro", 405, "GET, HEAD"),
+        ("OPTIONS", "/v1/chat/completions", 405, "POST"),
+        ("PATCH", "/v1/completions", 405, "POST"),
+        ("GET", "/v1/chat/completions", 405, "POST"),
+        ("PUT", "/nothing", 404, None),
+        ("FROB", "/v1/models", 501, None),
+    ],
+)
+def test_methods_that_a_page_does_not_take_are_errors_in_openais_shape(
+    served: ModelServer, method: str, path: str, status: int, allow: str | None
+) -> None:
+    code, headers, body = bare_request(served, method, path)
+    assert (code, headers["Allow"]) == (status, allow)
+    assert headers["Content-Type"] == "application/json"
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_head_is_get_without_a_body(served: ModelServer) -> None:
+    for path, status in (("/v1/models", 200), ("/health", 200), ("/v1/completions", 405)):
+        code, headers, body = bare_request(served, "HEAD", path)
+        assert (code, body) == (status, b"")
+        assert int(headers["Content-Length"]) > 0
+
+
+def test_a_content_length_below_0_is_told_as_such(served: ModelServer) -> None:
+    code, _, body = bare_request(served, "POST", "/v1/completions", **{"Content-Length": "-5"})
+    assert code == 400
+    assert "-5" in json.loads(body)["error"]["message"]
+
+
+def test_a_client_that_leaves_ends_what_it_asked_for() -> None:
+    model = Endless()
+    body = b'{"prompt": "x"}'
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with ModelServer(model) as server:
+        address = server.root.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=60) as client:
+            client.sendall(head.encode() + body)
+            assert model.begun.wait(60)
+            assert not model.ended.is_set()
+        assert model.ended.wait(60)
+
+
+def test_a_client_that_stays_gets_its_answers_on_one_connection() -> None:
+    with ModelServer(Prompt(["north"])) as server:
+        address = server.root.removeprefix("http://")
+        connection = http.client.HTTPConnection(address, timeout=60)
+        for _ in range(2):
+            connection.request("POST", "/v1/completions", b'{"prompt": "x"}')
+            assert json.load(connection.getresponse())["choices"][0]["text"] == "north"
+        connection.close()
 
 
 @pytest.mark.parametrize(

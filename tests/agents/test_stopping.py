@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,21 @@ import torch
 
 pytest.importorskip("trl", reason="needs pz-agents[train]")
 
-from pz_agents import cli
+from pz_agents import cli_train
 from pz_agents.errors import AgentError
 from pz_agents.training import checkpoint
 from pz_agents.training.memory import advice, savings
 from pz_agents.training.monitors import read_metrics
-from pz_agents.training.plots import plot_metrics
+from pz_agents.training.plots import DETAILS, _curves, plot_metrics
 from pz_agents.training.run import TrainSettings, train
-from pz_agents.training.stopping import EarlyStopping, Stopper
+from pz_agents.training.stopping import (
+    EVALUATED,
+    FIGURES,
+    EarlyStopping,
+    Stopper,
+    check_metric,
+)
+from pz_agents.training.telling import UsableGroups, epoch_text, step_line
 from pz_envs.errors import ConfigError
 from pz_envs.textenv import Outcome, TextEnv
 from tests.support.learner_cases import network
@@ -61,8 +69,47 @@ def test_steps_without_an_evaluation_count_for_nothing_and_other_names_must_exis
     seen = [{"eval_success": 0.5}, {"reward": 0.0}, {"eval_success": float("nan")}]
     assert [stopper.observe(each) for each in seen] == [False] * 3
     assert stopper.observe({"eval_success": 0.5})
+    with pytest.raises(ConfigError, match=r"no metric `eval_nope`.*eval_success"):
+        Stopper(EarlyStopping(metric="eval_nope")).observe({"reward": 1.0, "eval_success": 0.5})
     with pytest.raises(ConfigError, match=r"no metric `rewrad`.*`reward`"):
         Stopper(EarlyStopping(metric="rewrad")).observe({"reward": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("metric", "changes", "words"),
+    [
+        ("rewrad", {}, "Did you mean `reward`"),
+        ("eval_sucess", {"eval_episodes": 2}, "Did you mean `eval_success`"),
+        ("score_norm", {"eval_episodes": 2}, "It is called `eval_score_norm`"),
+        ("eval_success", {}, "no `eval_episodes` to play"),
+        ("custom/len", {"eval_episodes": 2, "eval_metrics": "math:pi"}, "as eval_NAME"),
+    ],
+)
+def test_a_metric_that_no_run_has_is_told_before_the_first_step(metric, changes, words):
+    given = {"env": "pz/Countdown-v0", "steps": 1, **changes}
+    chosen = TrainSettings(**given, early_stopping={"metric": metric})
+    stopping = chosen.early_stopping
+    with pytest.raises(ConfigError, match=words):
+        check_metric(
+            stopping,
+            evaluates=chosen.eval_episodes > 0,
+            own_metrics=bool(chosen.eval_metrics),
+        )
+
+
+def test_ones_own_metrics_may_have_any_name_until_the_first_evaluation(micro, tmp_path):
+    chosen = settings(
+        micro,
+        eval_metrics=f"{__file__}:figures_of",
+        early_stopping={"metric": "eval_shortest"},
+        steps=3,
+    )
+    with pytest.raises(ConfigError, match=r"no metric `eval_shortest`.*eval_longest"):
+        train(TrainSettings(**chosen), tmp_path / "late")
+    wrong = {**chosen, "early_stopping": {"metric": "longest"}}
+    with pytest.raises(ConfigError, match="no metric `longest`"):
+        train(TrainSettings(**wrong), tmp_path / "early")
+    assert not (tmp_path / "early").exists()
 
 
 # Runs.
@@ -133,6 +180,8 @@ def test_a_run_stops_early_with_a_checkpoint_a_policy_and_its_plots(stopped):
     lines = read_metrics(stopped / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line.get("eval_longest") for line in lines] == [None, 1, None, 1]
+    evaluated = {f"eval_{name}" for name in (*EVALUATED, "longest")}
+    assert evaluated <= set(lines[1]) <= {*FIGURES, *evaluated, "nan"}
     assert checkpoint.step_of(checkpoint.newest(stopped / "checkpoints")) == 4
     assert checkpoint.problems(stopped / "policy") == []
     for name in ("training_metrics_detailed.png", "ppo_metrics_with_entropy.png"):
@@ -152,6 +201,45 @@ def test_the_log_has_a_line_a_step_and_the_warnings_of_the_run_alone(stopped):
     assert "value_loss" in text
     assert "stopped early after step 4" in text
     assert "before the run" not in text
+
+
+def test_the_figures_are_found_among_the_logs_too_also_in_a_copy_that_goes_on(
+    stopped, micro, tmp_path
+):
+    link = stopped / "logs" / "metrics.jsonl"
+    assert link.is_symlink()
+    assert read_metrics(link) == read_metrics(stopped / "metrics.jsonl")
+    copy = tmp_path / "copy"
+    shutil.copytree(stopped, copy)  # follows links
+    assert not (copy / "logs" / "metrics.jsonl").is_symlink()
+    patient = {"early_stopping": {"metric": "reward", "patience": 4}}
+    train(TrainSettings(**{**json.loads((copy / "config.json").read_text()), **patient}), copy)
+    assert [line["step"] for line in read_metrics(copy / "logs" / "metrics.jsonl")] == [
+        *range(1, 6)
+    ]
+
+
+def test_evaluation_may_come_apart_from_checkpoints_and_only_what_was_evaluated_is_compared(
+    micro, tmp_path
+):
+    chosen = settings(micro, steps=5, save_every=2, eval_every=3, keep_checkpoints=9)
+    train(TrainSettings(**chosen), tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_success" in line] == [3, 5]
+    scores = {
+        checkpoint.step_of(path): json.loads((path / "manifest.json").read_text())["score"]
+        for path in checkpoint.steps_in(tmp_path / "checkpoints")
+    }
+    assert scores == {2: None, 4: None, 5: lines[-1]["eval_success"]}
+    # How often is nothing that weights depend on.
+    more = {**chosen, "steps": 6, "eval_every": 1}
+    train(TrainSettings(**more), tmp_path)
+    assert "eval_success" in read_metrics(tmp_path / "metrics.jsonl")[-1]
+
+
+def test_evaluating_without_episodes_is_refused(micro):
+    with pytest.raises(ConfigError, match="no `eval_episodes` to play"):
+        TrainSettings(**settings(micro, eval_every=2, eval_episodes=0))
 
 
 def test_an_interrupted_run_leaves_its_plots_and_a_checkpoint(micro, tmp_path):
@@ -185,19 +273,54 @@ def test_the_console_line_of_a_critic_has_its_six_figures():
         "seconds": 10.0,
     }
     expected = "PL -0.0123 VL 0.0456 R 0.512 A 0.003 E 1.234 LR 1.00e-06 | 842 tok/s"
-    assert cli._line(metrics) == expected
+    assert step_line(metrics) == expected
+    rounding = {**metrics, "loss": -1e-9, "advantage": -1e-9}
+    assert "PL 0.0000" in step_line(rounding)
+    assert "A 0.000" in step_line(rounding)
+
+
+def test_a_step_is_told_with_the_epoch_in_which_it_began():
+    # Fifteen rows, five a step; then seven a step, so that steps begin in one epoch and end in
+    # the next, and the last one reaches beyond the third.
+    told = [epoch_text({"epoch": step * 5 / 15}, step, 9) for step in range(1, 10)]
+    assert told == [f"Epoch {number}/3 | " for number in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
+    told = [epoch_text({"epoch": step * 7 / 15}, step, 7) for step in range(1, 8)]
+    assert told == [f"Epoch {number}/3 | " for number in (1, 1, 1, 2, 2, 3, 3)]
+    assert epoch_text({}, 1, 9) == ""
+
+
+def tell_usable(usable, success, groups=16, steps=9):
+    watch = UsableGroups()
+    for _ in range(steps):
+        watch.observe({"usable_groups": usable, "groups": groups, "success": success})
+
+
+@pytest.mark.parametrize(
+    ("usable", "success", "words"), [(1, 0.0, "preset tiny-countdown"), (0, 1.0, "harder tasks")]
+)
+def test_a_run_that_learns_hardly_anything_is_told_so_once(caplog, usable, success, words):
+    tell_usable(usable, success)
+    (record,) = caplog.records
+    assert f"(usable {2 * usable}/32)" in record.getMessage()
+    assert words in record.getMessage()
+
+
+def test_nothing_is_said_of_runs_that_learn_or_have_just_begun(caplog):
+    tell_usable(2, 0.1)
+    tell_usable(0, 0.0, groups=2)
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(("answer", "anew"), [("y", False), ("", False), ("n", True)])
 def test_a_terminal_asks_whether_to_go_on(stopped, monkeypatch, capsys, answer, anew):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{answer}\n"))
-    assert cli._begins_anew(stopped, 9) is anew
+    assert cli_train._begins_anew(stopped, 9) is anew
     assert "Resume from step 4? [Y/n]" in capsys.readouterr().err
 
 
 def test_nothing_is_asked_without_a_checkpoint_and_when_all_is_done(stopped, tmp_path):
-    assert cli._begins_anew(tmp_path, 9) is False
-    assert cli._begins_anew(stopped, 4) is False
+    assert cli_train._begins_anew(tmp_path, 9) is False
+    assert cli_train._begins_anew(stopped, 4) is False
 
 
 # Plots and memory.
@@ -212,6 +335,20 @@ def test_a_run_without_a_critic_gets_no_plot_of_one(tmp_path):
         "training_metrics.svg",
         "training_metrics_detailed.png",
     ]
+
+
+def test_a_plot_has_whole_steps_and_does_not_blow_rounding_up():
+    pytest.importorskip("matplotlib")
+    noise = [{"step": step, "loss": (-1) ** step * 1e-8, "value_loss": 1.0} for step in range(1, 5)]
+    axes, _ = _curves(noise, ["loss", "value_loss"], 2).axes
+    low, high = axes.get_ylim()
+    assert high - low >= 1e-3
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert axes.get_title() == "loss (policy)"
+
+
+def test_the_kl_in_the_reward_and_its_weight_are_among_the_details():
+    assert {"kl", "kl_weight"} <= set(DETAILS)
 
 
 def changes_of(found) -> list[str]:

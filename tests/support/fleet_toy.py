@@ -66,6 +66,15 @@ class Worker(RolloutWorker):
         super().__init__(**kwargs)
 
 
+class ClientWorker(Worker):
+    """Asks a model that somebody serves; its weights are not a run's business."""
+
+    def play(self, number, places, version, weights):
+        """Play with the weights that the model has."""
+        self._policy.version = version
+        return super().play(number, places, version, None)
+
+
 class MarkedEngine(Engine):
     """Breaks once, at the mark in its model's folder."""
 

@@ -1,9 +1,12 @@
 """Kills training runs by SIGKILL at calls that a seed chose, and resumes them.
 
 A program of its own, ``python -m kills``: it imports everything once and forks for each attempt,
-since imports take most of the time. It writes a line a kill for the test that started it.
+since imports take most of the time; what it has by then its forks leave to it when they collect
+garbage. It writes a line a kill for the test that started it.
 """
 
+import gc
+import importlib
 import os
 import random
 import re
@@ -14,9 +17,10 @@ from pathlib import Path
 import fleet_toy
 
 import pz_envs.catalog
+from pz_agents.models import load_model
 from pz_agents.training import checkpoint, modes
 from pz_agents.training import run as training
-from pz_agents.training.settings import TrainSettings
+from pz_agents.training.settings import TrainSettings, algorithm_options
 
 SEED = 18
 OURS = re.compile(r"/pz_agents/|/pz_envs/files\.py$")
@@ -121,4 +125,11 @@ if __name__ == "__main__":
 
     how, given, where, count = sys.argv[1:]
     work = {"everywhere": everywhere, "one_run": one_run}[how]
-    work(TrainSettings.model_validate_json(given), Path(where), int(count))
+    settings = TrainSettings.model_validate_json(given)
+    algorithm_options(settings)
+    load_model(settings.model)
+    if settings.runtime.startswith("ray"):
+        importlib.import_module("ray")
+    gc.collect()
+    gc.freeze()
+    work(settings, Path(where), int(count))
