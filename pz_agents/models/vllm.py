@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ INSTALL = "pip install vllm==0.31.0 (with a GPU), or make test-vllm (its CPU bui
 
 _CPU_CACHE_BYTES = 256 << 20
 _CPU_BLOCK = 32
+_LIBRARY = "llvmlite.binding.ffi"
 _SEEDS = 2**63
 
 
@@ -259,6 +261,9 @@ class VllmModel:
             options |= {"enforce_eager": True, "block_size": _CPU_BLOCK}
         if rank:
             options |= {"enable_lora": True, "max_lora_rank": max(8, rank), "max_loras": 1}
+        # vLLM's CPU build asks every object of every module for its `__dict__`, at which numba's
+        # library, there since the search was imported, answers with a function.
+        library = sys.modules.pop(_LIBRARY, None)
         try:
             return LLM(
                 str(base.resolve()),
@@ -276,6 +281,9 @@ class VllmModel:
                 f"vLLM cannot serve {base}: {error}. On a CPU the head size must be 32 or 64 or "
                 "larger; on a GPU lower `memory`, or take the folder without `vllm:`"
             ) from error
+        finally:
+            if library is not None:
+                sys.modules[_LIBRARY] = library
 
     async def _generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         for request in requests:

@@ -11,19 +11,6 @@ import pydantic
 from pz_agents.config import Settings
 from pz_envs.errors import ConfigError, did_you_mean
 
-FIGURES = (
-    *("step", "version", "reward", "success", "turns", "sampled_tokens", "truncated", "failed"),
-    *("staleness", "stale_groups", "epoch", "rows", "groups", "usable_groups"),
-    *("loss", "entropy", "grad_norm", "learning_rate", "tokens", "micro_batches", "padding"),
-    *("ratio", "approx_kl", "clip_low", "clip_high", "kl", "kl_weight", "off_policy"),
-    *("correction", "engine_gap", "mismatch_kl", "mismatch_max_ratio", "effective_sample_size"),
-    *("skipped_updates", "out_of_memory"),
-    *("advantage", "advantage_std", "value", "return", "explained_variance", "value_loss"),
-    *("value_clip", "critic_grad_norm", "critic_learning_rate", "critic_skipped_updates"),
-    *("overlong", "overlong_penalty", "accepted", "zero_advantage_groups", "meta_rows"),
-)
-"""Every figure that a step of some algorithm has in `metrics.jsonl`."""
-
 EVALUATED = (
     *("success", "low", "high", "score_norm", "reward", "turns", "sampled_tokens", "failed"),
 )
@@ -59,24 +46,22 @@ def check_metric(
     Raises:
         ConfigError: there is no such metric.
     """
-    if settings is None:
-        return
-    name = settings.metric
-    if name.startswith("eval_") and not evaluates:
+    if settings is None or not settings.metric.startswith("eval_"):
+        return  # what a step has is the algorithm's business: its first step tells
+    if not evaluates:
         raise ConfigError(
-            f"early_stopping: `{name}` is of an evaluation, and there are no `eval_episodes` to "
-            "play; set them too (100 are usual)"
+            f"early_stopping: `{settings.metric}` is of an evaluation, and there are no "
+            "`eval_episodes` to play; set them too (100 are usual)"
         )
-    evaluated = [f"eval_{each}" for each in EVALUATED] if evaluates else []
-    known = [*FIGURES, *evaluated]
-    if name not in known and not (own_metrics and name.startswith("eval_")):
-        raise _unknown(name, known, "A step may have")
+    evaluated = [f"eval_{each}" for each in EVALUATED]
+    if settings.metric not in evaluated and not own_metrics:
+        raise _unknown(settings.metric, evaluated, "An evaluation has")
 
 
 def _unknown(name: str, names: Iterable[str], has: str) -> ConfigError:
     names = list(names)
     nearest = did_you_mean(name, names)
-    if f"eval_{name}" in names:
+    if name in EVALUATED or f"eval_{name}" in names:
         nearest = f" It is called `eval_{name}`."
     return ConfigError(
         f"early_stopping: no metric `{name}`.{nearest} {has}: {', '.join(names)}; and what "

@@ -234,7 +234,7 @@ def test_an_engine_that_hangs_is_killed_at_its_time_limit_and_another_answers(
     (killed,) = restarts
     took = killed - mark.stat().st_mtime
     # 2 s between two looks at it, and the slack of a busy machine.
-    assert HUNG_SECONDS - 1 < took < HUNG_SECONDS + 30
+    assert HUNG_SECONDS / 2 < took < HUNG_SECONDS + 30
     same_episodes(in_turn, tmp_path / "run")
     assert weights_apart(in_turn, tmp_path / "run") < 1e-5
 

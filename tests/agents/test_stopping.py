@@ -25,7 +25,6 @@ from pz_agents.training.plots import DETAILS, _curves, plot_metrics
 from pz_agents.training.run import TrainSettings, train
 from pz_agents.training.stopping import (
     EVALUATED,
-    FIGURES,
     EarlyStopping,
     Stopper,
     check_metric,
@@ -73,19 +72,18 @@ def test_steps_without_an_evaluation_count_for_nothing_and_other_names_must_exis
         Stopper(EarlyStopping(metric="eval_nope")).observe({"reward": 1.0, "eval_success": 0.5})
     with pytest.raises(ConfigError, match=r"no metric `rewrad`.*`reward`"):
         Stopper(EarlyStopping(metric="rewrad")).observe({"reward": 1.0})
+    with pytest.raises(ConfigError, match=r"It is called `eval_score_norm`.*as eval_NAME"):
+        Stopper(EarlyStopping(metric="score_norm")).observe({"reward": 1.0})
 
 
 @pytest.mark.parametrize(
     ("metric", "changes", "words"),
     [
-        ("rewrad", {}, "Did you mean `reward`"),
         ("eval_sucess", {"eval_episodes": 2}, "Did you mean `eval_success`"),
-        ("score_norm", {"eval_episodes": 2}, "It is called `eval_score_norm`"),
         ("eval_success", {}, "no `eval_episodes` to play"),
-        ("custom/len", {"eval_episodes": 2, "eval_metrics": "math:pi"}, "as eval_NAME"),
     ],
 )
-def test_a_metric_that_no_run_has_is_told_before_the_first_step(metric, changes, words):
+def test_an_evaluation_that_no_run_has_is_told_before_the_first_step(metric, changes, words):
     given = {"env": "pz/Countdown-v0", "steps": 1, **changes}
     chosen = TrainSettings(**given, early_stopping={"metric": metric})
     stopping = chosen.early_stopping
@@ -106,10 +104,6 @@ def test_ones_own_metrics_may_have_any_name_until_the_first_evaluation(micro, tm
     )
     with pytest.raises(ConfigError, match=r"no metric `eval_shortest`.*eval_longest"):
         train(TrainSettings(**chosen), tmp_path / "late")
-    wrong = {**chosen, "early_stopping": {"metric": "longest"}}
-    with pytest.raises(ConfigError, match="no metric `longest`"):
-        train(TrainSettings(**wrong), tmp_path / "early")
-    assert not (tmp_path / "early").exists()
 
 
 # Runs.
@@ -181,7 +175,7 @@ def test_a_run_stops_early_with_a_checkpoint_a_policy_and_its_plots(stopped):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line.get("eval_longest") for line in lines] == [None, 1, None, 1]
     evaluated = {f"eval_{name}" for name in (*EVALUATED, "longest")}
-    assert evaluated <= set(lines[1]) <= {*FIGURES, *evaluated, "nan"}
+    assert {name for name in lines[1] if name.startswith("eval_")} == evaluated
     assert checkpoint.step_of(checkpoint.newest(stopped / "checkpoints")) == 4
     assert checkpoint.problems(stopped / "policy") == []
     for name in ("training_metrics_detailed.png", "ppo_metrics_with_entropy.png"):
