@@ -119,7 +119,7 @@ def quick(name: str) -> Algorithm:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bandit_is_solved(tmp_path, name, seed):
     algorithm = quick(name)
-    success = learn(Bandit, tmp_path, steps=80, algorithm=algorithm, seed=seed)
+    success = learn(Bandit, tmp_path, steps=60, algorithm=algorithm, seed=seed)
     assert np.mean(success[:3]) < 0.5
     assert np.mean(success[-10:]) >= 0.95
 
@@ -133,7 +133,7 @@ def test_three_turns_are_learned_from_the_return_of_the_episode(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_shuffled_rewards_do_not_learn(tmp_path, name):
     algorithm = quick(name)
-    success = learn(Bandit, tmp_path, steps=80, algorithm=algorithm, change=with_shuffled_rewards)
+    success = learn(Bandit, tmp_path, steps=60, algorithm=algorithm, change=with_shuffled_rewards)
     assert np.mean(success[-10:]) < 0.7
 
 
@@ -159,7 +159,7 @@ def scripted_r3l(**options) -> Algorithm:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_r3l_with_a_scripted_reflector_solves_a_bandit(tmp_path, seed):
-    success = learn(Bandit, tmp_path, steps=80, algorithm=scripted_r3l(), seed=seed)
+    success = learn(Bandit, tmp_path, steps=60, algorithm=scripted_r3l(), seed=seed)
     assert np.mean(success[:3]) < 0.5
     assert np.mean(success[-10:]) >= 0.95
 
@@ -175,5 +175,5 @@ def test_r3l_with_a_scripted_reflector_learns_three_turns(tmp_path, seed):
 def test_r3l_with_a_scripted_reflector_learns_nothing_from_what_says_nothing(tmp_path, change):
     # Which retries are imitated is decided while they are played, before anything is shuffled.
     algorithm = scripted_r3l(meta="off")
-    success = learn(Bandit, tmp_path, steps=80, algorithm=algorithm, change=change)
+    success = learn(Bandit, tmp_path, steps=60, algorithm=algorithm, change=change)
     assert np.mean(success[-10:]) < 0.7
