@@ -21,7 +21,6 @@ from pz_agents.rollout.codec import decode, encode
 from pz_agents.runtime import Call, Handle, LostError, Resources, Runtime
 from pz_agents.sdk.types import Trajectory
 from pz_agents.training.placement import local_devices, resources_of, take_places
-from pz_agents.training.settings import TrainSettings
 from pz_agents.training.worker import load_files, one_thread, pack_files
 from pz_envs.errors import ConfigError, InfraError
 
@@ -104,15 +103,16 @@ class Engines:
         settings: of the run.
         source: the model that they begin with.
         runtime: where they live.
+        each: what ``place`` found for each of them there.
 
     Raises:
-        ConfigError: the runtime has fewer devices than the settings ask for.
         EngineMissing: vLLM is demanded and not installed.
     """
 
-    def __init__(self, settings: HybridSettings, source: str, runtime: Runtime) -> None:
+    def __init__(
+        self, settings: HybridSettings, source: str, runtime: Runtime, each: Resources
+    ) -> None:
         model = engine_model(settings, source)
-        placed = place(settings, runtime)
         self._seconds = settings.engine_seconds
         self._runtime = runtime
         self.replaced = 0
@@ -122,7 +122,7 @@ class Engines:
         spawned = runtime.spawn(
             ENGINE,
             settings.vllm_num_engines,
-            resources_of(placed, "engine", runtime),
+            each,
             {"settings": settings.model_dump(mode="json"), "model": model},
         )
         self._seats = [_Seat(handle) for handle in spawned]
@@ -207,10 +207,8 @@ def engine_model(settings: HybridSettings, source: str) -> str:
     return source
 
 
-def place(settings: HybridSettings, runtime: Runtime) -> TrainSettings:
+def place(settings: HybridSettings, runtime: Runtime) -> Resources:
     """Take this process's place on a cluster, before it uses a GPU; returns what engines are given.
-
-    Whoever did so before may do it again.
 
     Raises:
         ConfigError: there are fewer devices than learner and engines take.
@@ -231,7 +229,7 @@ def place(settings: HybridSettings, runtime: Runtime) -> TrainSettings:
     }
     placed = settings.training().model_copy(update=changes)
     take_places(placed, runtime)
-    return placed
+    return resources_of(placed, "engine", runtime)
 
 
 def share_of(settings: HybridSettings, total: Resources) -> Resources:

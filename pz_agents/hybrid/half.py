@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,12 @@ from pz_agents.hybrid.engines import Engines
 from pz_agents.hybrid.prompt import HybridPrior
 from pz_agents.hybrid.settings import HybridSettings
 from pz_agents.hybrid.trials import State, Trials
-from pz_agents.models import load_model
+from pz_agents.models import load_model, untrainable
 from pz_agents.models.chat import without_progress_bars
 from pz_agents.priorzero.guidance import FOLDER, beginning_of
 from pz_agents.priorzero.memory import Memory
 from pz_agents.priorzero.prior import LanguagePrior
 from pz_agents.rollout.budget import FailureBudget
-from pz_agents.runtime import Runtime
 from pz_agents.sdk.types import Trajectory
 from pz_agents.training.critic import Critic
 from pz_agents.training.rewards import call_rewards, load_function
@@ -62,7 +61,7 @@ class Half:
         start: the policy that the run begins with; None: ``settings.language.model``.
         folder: of the run.
         resumed: whether the run was begun before.
-        runtime: where engines live; None: there are none.
+        engines: starts the engines with the model that the run begins with; None: there are none.
 
     Attributes:
         prior: judges with whatever the weights are now.
@@ -79,17 +78,14 @@ class Half:
         folder: Path,
         *,
         resumed: bool,
-        runtime: Runtime | None = None,
+        engines: Callable[[str], Engines] | None = None,
     ) -> None:
         from pz_agents.models.transformers import TransformersModel
 
         source = beginning_of(settings, start, folder, resumed=resumed)
         model = load_model(str(source))
         if not isinstance(model, TransformersModel):
-            raise ModelError(
-                f"`{model.name}` cannot be trained here: its weights are not in this process. Use "
-                "`tiny` or a folder with a transformers model"
-            )
+            raise ModelError(untrainable(model.name))
         self.settings, self._model = settings, model
         prior = HybridPrior(model, settings)
         self.prior: LanguagePrior = prior
@@ -123,8 +119,8 @@ class Half:
         self._unfit = 0
         self._trials: Trials | None = None
         self._engines: Engines | None = None
-        if runtime is not None:
-            self._engines = Engines(settings, str(source), runtime)
+        if engines is not None:
+            self._engines = engines(str(source))
         else:
             self._trials = Trials(settings, model)
 

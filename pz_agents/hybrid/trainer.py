@@ -7,11 +7,11 @@ as in ``priorzero.run``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from pz_agents.hybrid.engines import place
+from pz_agents.hybrid.engines import Engines, place
 from pz_agents.hybrid.half import Half
 from pz_agents.hybrid.settings import FREE_TO_CHANGE, HybridSettings
 from pz_agents.priorzero import run
@@ -46,10 +46,12 @@ def train(
             runtime = None
         elif runtime is None:
             runtime = stack.enter_context(contextlib.closing(open_runtime(settings.runtime)))
+        engines = None
         if runtime is not None:
-            # What this process uses of a GPU it uses of its own.
-            place(settings, runtime)
-        guide = partial(_half, runtime=runtime)
+            # Before anything else: what this process uses of a GPU it uses of its own.
+            each = place(settings, runtime)
+            engines = partial(Engines, settings, runtime=runtime, each=each)
+        guide = partial(_half, engines=engines)
         return run.train(settings, folder, resume=resume, on_progress=on_progress, guide=guide)
 
 
@@ -71,7 +73,7 @@ def _half(
     folder: Path,
     *,
     resumed: bool,
-    runtime: Runtime | None,
+    engines: Callable[[str], Engines] | None,
 ) -> Half:
     assert isinstance(settings, HybridSettings)
-    return Half(settings, start, folder, resumed=resumed, runtime=runtime)
+    return Half(settings, start, folder, resumed=resumed, engines=engines)

@@ -132,6 +132,14 @@ def is_hub_id(spec: str) -> bool:
     return _HUB_ID.fullmatch(spec) is not None and not Path(spec).is_dir()
 
 
+def untrainable(name: str) -> str:
+    """Return what to tell whoever would train a model whose weights another process has."""
+    return (
+        f"`{name}` cannot be trained here: its weights are not in this process. Use `tiny` or a "
+        "folder with a transformers model"
+    )
+
+
 def model_folder(spec: str) -> Path:
     """Return where the weights lie: the folder itself, or the hub's copy in the local cache.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pz_agents.algorithms.losses import kl_estimate
 from pz_agents.errors import ModelError
+from pz_agents.models import untrainable
 from pz_agents.models.adapters import add_adapter, without_adapter
 from pz_agents.models.chat import without_progress_bars
 from pz_agents.models.protocol import LanguageModel
@@ -80,10 +81,7 @@ class LanguageLearner:
         from pz_agents.models.transformers import TransformersModel
 
         if not isinstance(model, TransformersModel):
-            raise ModelError(
-                f"`{model.name}` cannot be trained here: its weights are not in this process. Use "
-                "`tiny` or a folder with a transformers model, or train the world model alone"
-            )
+            raise ModelError(f"{untrainable(model.name)}, or train the world model alone")
         self.model, self.settings = model, settings
         self._seed, self._reduction, self._temperature = seed, reduction, temperature
         network = model.network

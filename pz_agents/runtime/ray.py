@@ -173,7 +173,6 @@ class RayRuntime:
         self._actors: dict[Handle, _Actor] = {}
         self._numbers = itertools.count()
         self._places: Any = None
-        self._held: tuple[int, Resources, float] | None = None
         self._cuda_before: list[str | None] = []
         self._actor_class = self.ray.remote(
             concurrency_groups={"side": 1, "stay": 1}, max_restarts=0, max_task_retries=0
@@ -287,10 +286,7 @@ class RayRuntime:
         return int(self.ray.get(self._actors[handle].actor.pid.remote(), timeout=CALL_SECONDS))
 
     def reserve(self, count: int, each: Resources, own_gpus: float) -> None:
-        """Hold a placement group; see ``Runtime``. The same one is not held twice."""
-        if self._held == (count, each, own_gpus):
-            return
-        self._held = (count, each, own_gpus)
+        """Hold a placement group; see ``Runtime``."""
         amounts = {"CPU": each.cpus, "GPU": each.gpus, **each.custom}
         bundles = [{name: amount for name, amount in amounts.items() if amount}] * count
         # Every node has a resource of its own name.
@@ -333,7 +329,7 @@ class RayRuntime:
         self._actors.clear()
         if self._places is not None:
             self.ray.util.remove_placement_group(self._places)
-            self._places = self._held = None
+            self._places = None
         for before in self._cuda_before:
             os.environ.pop(_CUDA, None)
             if before is not None:

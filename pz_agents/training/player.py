@@ -45,7 +45,7 @@ def check(settings: TrainSettings, *, plays: bool = True) -> None:
         WrongModelError: there is no such model, it cannot be trained, or it is no critic or no
             reward model.
     """
-    from pz_agents.models import model_folder
+    from pz_agents.models import model_folder, untrainable
 
     options = algorithm_options(settings)
     env_row(settings.env)
@@ -69,7 +69,7 @@ def check(settings: TrainSettings, *, plays: bool = True) -> None:
         if settings.reward_model:
             classifier_folder(settings.reward_model, "reward_model")
     if settings.model.startswith(_ELSEWHERE):
-        raise _untrainable(settings.model)
+        raise WrongModelError(f"{untrainable(settings.model)}.")
     if settings.model != "tiny" and not settings.model.startswith("vllm:"):
         model_folder(settings.model)
     splits: list[Literal["train", "eval"]] = ["train"] if plays else []
@@ -94,7 +94,7 @@ class Player:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from pz_agents.models import load_model
+        from pz_agents.models import load_model, untrainable
         from pz_agents.models.transformers import TransformersModel
 
         torch.set_num_threads(settings.threads)
@@ -104,7 +104,7 @@ class Player:
         self.algorithm: Algorithm = load_algorithm(settings.algorithm)
         policy = load_model(str(model or settings.model))
         if not isinstance(policy, TransformersModel):
-            raise _untrainable(settings.model)
+            raise WrongModelError(f"{untrainable(settings.model)}.")
         self.policy = policy
         self.agent = make_agent(settings, policy, settings.temperature)
         self._rewards: Rewards | None = None
@@ -184,13 +184,6 @@ class Player:
     def score(self, figures: Mapping[str, float]) -> float:
         """Return the figure of ``evaluate`` that the environment's tables show."""
         return figures[env_row(self.settings.env).metric]
-
-
-def _untrainable(model: str) -> WrongModelError:
-    return WrongModelError(
-        f"`{model}` cannot be trained here: its weights are not in this process. "
-        "Use `tiny` or a folder with a transformers model."
-    )
 
 
 def make_agent(settings: TrainSettings, policy: LanguageModel, temperature: float) -> Any:

@@ -42,23 +42,6 @@ pytestmark = pytest.mark.timeout(600)
 SMALL = Resources(cpus=0.1)
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
-def runtime_name(request):
-    """Both runtimes; Ray is started once for all the tests of this file."""
-    if request.param == "local":
-        yield "local"
-        return
-    pytest.importorskip("ray", reason="needs pz-agents[ray]")
-    with contextlib.closing(open_runtime("ray", cpus=2)):
-        yield "ray"
-
-
-@pytest.fixture
-def runtime(runtime_name):
-    with contextlib.closing(open_runtime(runtime_name)) as opened:
-        yield opened
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
@@ -272,13 +255,6 @@ def played(folder: Path) -> dict[Any, Any]:
         }
 
 
-def weights_apart(left: Path, right: Path) -> float:
-    from safetensors.torch import load_file
-
-    one, two = (load_file(folder / "policy" / "model.safetensors") for folder in (left, right))
-    return max(float((one[name] - two[name]).abs().max()) for name in one)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_toy")
 def test_one_engine_of_three_workers_samples_what_one_process_samples(
@@ -287,7 +263,7 @@ def test_one_engine_of_three_workers_samples_what_one_process_samples(
     chosen = settings(micro, runtime=runtime_name, workers=3, engines=1)
     modes.train_both(chosen, tmp_path / "run")
     assert played(tmp_path / "run") == played(in_turn)
-    assert weights_apart(tmp_path / "run", in_turn) < 1e-5
+    assert fleet_toy.weights_apart(tmp_path / "run", in_turn) < 1e-5
 
 
 @pytest.mark.slow
@@ -299,7 +275,7 @@ def test_weights_through_a_group_play_what_weights_in_files_play(
     modes.train_both(chosen, tmp_path / "run")
     assert "files" not in caplog.text
     assert played(tmp_path / "run") == played(in_turn)
-    assert weights_apart(tmp_path / "run", in_turn) < 1e-5
+    assert fleet_toy.weights_apart(tmp_path / "run", in_turn) < 1e-5
 
 
 def test_a_group_needs_engines(micro):

@@ -46,30 +46,12 @@ GROUPS, ATTEMPTS = 4, 4
 HUNG_SECONDS, STOPPED_SECONDS = 5.0, 60.0
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
-def runtime_name(request):
-    """Both runtimes; Ray is started once for all the tests of this file."""
-    if request.param == "local":
-        yield "local"
-        return
-    pytest.importorskip("ray", reason="needs pz-agents[ray]")
-    session = open_runtime("ray", cpus=2)
-    yield "ray"
-    session.close()
-
-
 @pytest.fixture(scope="module")
 def ray_name():
     """Ray alone, for what is shown on child processes elsewhere."""
     pytest.importorskip("ray", reason="needs pz-agents[ray]")
     with contextlib.closing(open_runtime("ray", cpus=2)):
         yield "ray"
-
-
-@pytest.fixture
-def runtime(runtime_name):
-    with contextlib.closing(open_runtime(runtime_name)) as opened:
-        yield opened
 
 
 def settings(model: Path | str, **changes: Any) -> TrainSettings:
@@ -139,13 +121,6 @@ def same_episodes(left: Path, right: Path) -> None:
             assert abs(one.sample.log_probs - two.sample.log_probs).max() < 1e-5
 
 
-def weights_apart(left: Path, right: Path) -> float:
-    from safetensors.torch import load_file
-
-    one, two = (load_file(folder / "policy" / "model.safetensors") for folder in (left, right))
-    return max(float((one[name] - two[name]).abs().max()) for name in one)
-
-
 def uses(folder: Path) -> list[tuple[str, int]]:
     with contextlib.closing(sqlite3.connect(folder / "experience.db")) as db:
         return list(db.execute("SELECT group_id, step FROM uses ORDER BY group_id, step"))
@@ -182,7 +157,7 @@ def test_workers_play_the_episodes_of_one_process_though_one_is_killed_in_an_epi
     assert mark.exists()
     assert caplog.text.count("another plays its share again") == 1
     same_episodes(in_turn, tmp_path / "run")
-    assert weights_apart(in_turn, tmp_path / "run") < 1e-5
+    assert fleet_toy.weights_apart(in_turn, tmp_path / "run") < 1e-5
     versions = [line["version"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert versions == [0.0, 1.0, 2.0], "every step's weights played the next"
     each_group_was_used_once(tmp_path / "run")
@@ -204,7 +179,7 @@ def test_an_engine_that_dies_comes_back_with_the_weights_of_now(
     assert mark.exists()
     assert caplog.text.count("it is replaced") == 1
     same_episodes(in_turn, tmp_path / "run")
-    assert weights_apart(in_turn, tmp_path / "run") < 1e-5
+    assert fleet_toy.weights_apart(in_turn, tmp_path / "run") < 1e-5
 
 
 @pytest.mark.slow
@@ -236,7 +211,7 @@ def test_an_engine_that_hangs_is_killed_at_its_time_limit_and_another_answers(
     # 2 s between two looks at it, and the slack of a busy machine.
     assert HUNG_SECONDS / 2 < took < HUNG_SECONDS + 30
     same_episodes(in_turn, tmp_path / "run")
-    assert weights_apart(in_turn, tmp_path / "run") < 1e-5
+    assert fleet_toy.weights_apart(in_turn, tmp_path / "run") < 1e-5
 
 
 def test_where_every_episode_fails_the_command_exits_4_within_its_budget(
@@ -282,7 +257,7 @@ def test_sigterm_while_ray_workers_play_leaves_a_checkpoint_and_the_same_command
         assert checkpoint.step_of(checkpoint.newest(tmp_path / "run" / "checkpoints")) == step
     assert sent == [2]
     same_episodes(in_turn, tmp_path / "run")
-    assert weights_apart(in_turn, tmp_path / "run") < 1e-5
+    assert fleet_toy.weights_apart(in_turn, tmp_path / "run") < 1e-5
     each_group_was_used_once(tmp_path / "run")
 
 
@@ -503,7 +478,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_under_ray_workers(
         modes.train_both(chosen, disk / "run")
         assert "state.pt is not the file that was saved" in caplog.text
         same_episodes(in_turn, disk / "run")
-        assert weights_apart(in_turn, disk / "run") < 1e-5
+        assert fleet_toy.weights_apart(in_turn, disk / "run") < 1e-5
         each_group_was_used_once(disk / "run")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+import fleet_toy
 import pytest
 
 from pz_agents.hybrid import engines as hybrid
@@ -53,20 +54,8 @@ def three(monkeypatch):
 @pytest.fixture(scope="module")
 def cluster(probe):
     """A Ray that counts two GPUs."""
-    ray = pytest.importorskip("ray", reason="needs pz-agents[ray]")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        ray.init(
-            num_cpus=4,
-            num_gpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=200 << 20,
-            _node_ip_address="127.0.0.1",
-        )
+    with fleet_toy.two_gpus(cpus=4):
         yield
-        ray.shutdown()
 
 
 def of_hybrid(**changes):
@@ -78,9 +67,9 @@ def of_fleet(**changes):
     return TrainSettings(env="pz/Countdown-v0", algorithm="ppo", steps=1, **changes)
 
 
-def seen_by_engines(settings, runtime):
+def seen_by_engines(settings, runtime, each):
     """Return what the hybrid's engines see, and which processes they are after a restart."""
-    engines = hybrid.Engines(settings, "tiny", runtime)
+    engines = hybrid.Engines(settings, "tiny", runtime, each)
     handles = [seat.handle for seat in engines._seats]
     before = [runtime.call(handle, "gpus").result() for handle in handles]
     runtime.restart(handles[-1])
@@ -97,10 +86,9 @@ def seen(settings, kind, count, runtime):
 def test_on_a_cluster_the_hybrids_engine_is_on_another_gpu_than_the_learner(cluster):
     chosen = of_hybrid(runtime="ray", vllm_num_engines=1)
     with contextlib.closing(open_runtime("ray")) as runtime:
-        hybrid.place(chosen, runtime)
+        each = hybrid.place(chosen, runtime)
         mine = os.environ["CUDA_VISIBLE_DEVICES"]
-        # Taking places again, as the engines do, takes no more of them.
-        assert sorted([mine, *seen_by_engines(chosen, runtime)]) == ["0", "1"]
+        assert sorted([mine, *seen_by_engines(chosen, runtime, each)]) == ["0", "1"]
         assert os.environ["CUDA_VISIBLE_DEVICES"] == mine
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
@@ -108,7 +96,7 @@ def test_on_a_cluster_the_hybrids_engine_is_on_another_gpu_than_the_learner(clus
 def test_on_a_cluster_the_hybrids_engines_share_each_its_own_gpu(cluster):
     chosen = of_hybrid(runtime="ray", vllm_num_engines=2, colocate_all=True)
     with contextlib.closing(open_runtime("ray")) as runtime:
-        found = seen_by_engines(chosen, runtime)
+        found = seen_by_engines(chosen, runtime, hybrid.place(chosen, runtime))
         assert sorted(found) == ["0", "1"]
         assert found[0] == os.environ["CUDA_VISIBLE_DEVICES"]
 
@@ -124,11 +112,13 @@ def test_a_learner_alone_is_not_where_a_fleets_engine_is(cluster, monkeypatch):
 
 def test_on_one_machine_the_hybrids_engines_have_the_gpus_behind_the_learners(three):
     with contextlib.closing(open_runtime("local", cpus=2)) as runtime:
-        assert seen_by_engines(of_hybrid(vllm_num_engines=2), runtime) == ["5", "6"]
+        apart = of_hybrid(vllm_num_engines=2)
+        assert seen_by_engines(apart, runtime, hybrid.place(apart, runtime)) == ["5", "6"]
         together = of_hybrid(vllm_num_engines=3, colocate_all=True)
-        assert seen_by_engines(together, runtime) == ["4", "5", "6"]
+        each = hybrid.place(together, runtime)
+        assert seen_by_engines(together, runtime, each) == ["4", "5", "6"]
         with pytest.raises(ConfigError, match="4 GPUs, and runtime local has 3; set vllm_num_eng"):
-            hybrid.Engines(of_hybrid(vllm_num_engines=3), "tiny", runtime)
+            hybrid.place(of_hybrid(vllm_num_engines=3), runtime)
 
 
 def test_on_one_machine_ranks_come_first_and_then_engines(three):

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fleet_toy
 import numpy as np
 import pytest
 import torch
@@ -392,20 +393,8 @@ def test_a_rank_that_always_dies_ends_the_run_and_the_run_can_be_resumed(
 @pytest.fixture(scope="module")
 def cluster(toy):
     """A Ray that counts two GPUs, which nobody here uses."""
-    ray = pytest.importorskip("ray", reason="needs pz-agents[ray]")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        ray.init(
-            num_cpus=2,
-            num_gpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=200 << 20,
-            _node_ip_address="127.0.0.1",
-        )
+    with fleet_toy.two_gpus(cpus=2):
         yield
-        ray.shutdown()
 
 
 def where(runtime, count, asked):

@@ -36,26 +36,6 @@ pytestmark = pytest.mark.timeout(600)
 HALF = Resources(cpus=0.1)
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
-def runtime_name(request):
-    """Both runtimes; Ray is started once for all the tests of this file."""
-    if request.param == "local":
-        yield "local"
-        return
-    pytest.importorskip("ray", reason="needs pz-agents[ray]")
-    handler = signal.getsignal(signal.SIGTERM)
-    session = open_runtime("ray", cpus=2)
-    assert signal.getsignal(signal.SIGTERM) is handler, "Ray's own exits without a checkpoint"
-    yield "ray"
-    session.close()
-
-
-@pytest.fixture
-def runtime(runtime_name):
-    with contextlib.closing(open_runtime(runtime_name)) as opened:
-        yield opened
-
-
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -1,8 +1,11 @@
 """What tests of runtimes and fleets put into other processes: workers and engines that break.
 
+And a Ray of a certain size, and by how much the weights of two runs differ.
+
 Faults happen once: whoever makes the mark first has the fault.
 """
 
+import contextlib
 import os
 import time
 
@@ -14,6 +17,35 @@ from pz_envs.textenv import Outcome, TextEnv
 
 ENGINE_MARK = "engine-mark"
 """A file in the folder of the engine's model."""
+
+
+def weights_apart(left, right):
+    """Return the largest difference between the policies in the folders of two runs."""
+    from safetensors.torch import load_file
+
+    one, two = (load_file(folder / "policy" / "model.safetensors") for folder in (left, right))
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+@contextlib.contextmanager
+def two_gpus(cpus):
+    """Start a Ray that counts two GPUs, whatever this machine has."""
+    import pytest  # not in the processes that import this file
+
+    ray = pytest.importorskip("ray", reason="needs pz-agents[ray]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        ray.init(
+            num_cpus=cpus,
+            num_gpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=200 << 20,
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+        ray.shutdown()
 
 
 def first_to_ask(mark):
